@@ -1,0 +1,1 @@
+from rnnlm.data import *
