@@ -16,4 +16,16 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'rnnlm.data.human_numbers': ('data.html#human_numbers', 'rnnlm/data.py'),
                             'rnnlm.data.human_numbers_stream': ('data.html#human_numbers_stream', 'rnnlm/data.py'),
                             'rnnlm.data.lm_seqs': ('data.html#lm_seqs', 'rnnlm/data.py'),
-                            'rnnlm.data.most_common': ('data.html#most_common', 'rnnlm/data.py')}}}
+                            'rnnlm.data.most_common': ('data.html#most_common', 'rnnlm/data.py')},
+            'rnnlm.models': { 'rnnlm.models.LMModel2': ('models.html#lmmodel2', 'rnnlm/models.py'),
+                              'rnnlm.models.LMModel2.__init__': ('models.html#lmmodel2.__init__', 'rnnlm/models.py'),
+                              'rnnlm.models.LMModel2.forward': ('models.html#lmmodel2.forward', 'rnnlm/models.py'),
+                              'rnnlm.models.LMModel3': ('models.html#lmmodel3', 'rnnlm/models.py'),
+                              'rnnlm.models.LMModel3.forward': ('models.html#lmmodel3.forward', 'rnnlm/models.py'),
+                              'rnnlm.models.Stateful': ('models.html#stateful', 'rnnlm/models.py'),
+                              'rnnlm.models.Stateful._apply': ('models.html#stateful._apply', 'rnnlm/models.py'),
+                              'rnnlm.models.Stateful.check_state': ('models.html#stateful.check_state', 'rnnlm/models.py'),
+                              'rnnlm.models.Stateful.reset': ('models.html#stateful.reset', 'rnnlm/models.py'),
+                              'rnnlm.models.Stateful.state': ('models.html#stateful.state', 'rnnlm/models.py'),
+                              'rnnlm.models.check_x': ('models.html#check_x', 'rnnlm/models.py'),
+                              'rnnlm.models.map_state': ('models.html#map_state', 'rnnlm/models.py')}}}
