@@ -11,23 +11,23 @@ from torch import nn
 import torch.nn.functional as F
 from .data import check_ids
 
-# %% ../nbs/01_models.ipynb #f6acb945
+# %% ../nbs/01_models.ipynb #f3445efb
 def check_x(
     x:torch.Tensor, # A batch of token ids, shape (bs, sl)
     vocab_sz:int # Number of tokens in the vocab
 ):
     """Raise `ValueError` or `TypeError` unless `x` is a batch of token ids inside the vocab.
 
-    The values are only looked at on a CPU and outside `torch.compile`: elsewhere looking would stall the device at every
-    batch, and a `TokenStream` has looked at them once already."""
+    The values are looked at only on a CPU and outside `torch.compile`: elsewhere a look would stall the
+    device at every batch, and a `TokenStream` has looked at them once already."""
     if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"x must have shape (bs, sl) with at least one row and one time step, got {tuple(x.shape)}; "
-                         "one text alone becomes x[None], one time step x[:,None]")
+        raise ValueError(f"x must have shape (bs, sl) with at least one row and one time step, got "
+                         f"{tuple(x.shape)}; one text alone becomes x[None], one time step x[:,None]")
     if x.device.type == 'cpu' and not torch.compiler.is_compiling(): check_ids(x, vocab_sz, 'x')
 
-# %% ../nbs/01_models.ipynb #697c1af7
+# %% ../nbs/01_models.ipynb #d1fd5c5a
 class LMModel2(nn.Module):
-    """The simple looping RNN: reads the tokens of a sample from a hidden state of 0 and predicts the next one.
+    """The simple looping RNN: reads a sample's tokens from a hidden state of 0 and predicts the next one.
 
     Source: Howard & Gugger 2020, chapter 12."""
     def __init__(self,
@@ -52,11 +52,12 @@ def map_state(f, state):
     if state is None: return None
     return tuple(map_state(f, o) for o in state) if isinstance(state, (tuple, list)) else f(state)
 
-# %% ../nbs/01_models.ipynb #4ba9c744
+# %% ../nbs/01_models.ipynb #2053bf5d
 class Stateful(nn.Module):
     """A module with a hidden state `h` that lives from batch to batch: None, a tensor or a tuple of tensors.
 
-    A subclass calls `check_state` when a batch comes in, and ends `forward` by storing the new state in `h`, detached."""
+    A subclass calls `check_state` when a batch comes in, and at the end of `forward` keeps its new state in
+    `h`, detached."""
     h = None
     batch_dim = 0  # the dimension of the state's tensors that counts the rows of a batch
 
@@ -66,7 +67,7 @@ class Stateful(nn.Module):
 
     @property
     def state(self):
-        "The hidden state: None, a tensor or a tuple of tensors, with the batch in dimension `batch_dim`; detached when set"
+        "None, a tensor or a tuple of tensors, with the batch in dimension `batch_dim`; detached when set"
         return self.h
     @state.setter
     def state(self, value): self.h = map_state(torch.Tensor.detach, value)
@@ -77,8 +78,9 @@ class Stateful(nn.Module):
         "Raise `ValueError` if there is a state and it has not `bs` rows"
         h = self.h[0] if isinstance(self.h, tuple) else self.h
         if h is not None and h.shape[self.batch_dim] != bs:
-            raise ValueError(f"x has a batch size of {bs}, but the hidden state is that of {h.shape[self.batch_dim]} rows: "
-                             "call reset() to start from no memory, or keep the batch size (drop_last=True)")
+            raise ValueError(f"x has a batch size of {bs}, but the hidden state is that of "
+                             f"{h.shape[self.batch_dim]} rows: call reset() to start from no memory, "
+                             "or keep the batch size (drop_last=True)")
 
     def _apply(self, fn, recurse=True):
         "Called by `to`, `cuda`, `double`, ...: the state goes along"
@@ -86,12 +88,12 @@ class Stateful(nn.Module):
         self.h = map_state(fn, self.h)
         return self
 
-# %% ../nbs/01_models.ipynb #61c5c21d
+# %% ../nbs/01_models.ipynb #a1ca5b59
 class LMModel3(Stateful, LMModel2):
     """`LMModel2` with a memory: the hidden state `h` (bs, n_hidden) is kept, detached, for the next batch.
 
-    Takes the samples in the order of `group_chunks`; `reset()` forgets. A batch of another size than the state's
-    raises `ValueError`. Source: Howard & Gugger 2020, chapter 12."""
+    Takes the samples in the order of `group_chunks`; `reset()` forgets. A batch of another size than the
+    state's raises `ValueError`. Source: Howard & Gugger 2020, chapter 12."""
     def forward(self, x):
         "Logits (bs, vocab_sz) of the token after the token ids `x` (bs, sl), read on from the state"
         check_x(x, self.i_h.num_embeddings)

@@ -1,0 +1,3 @@
+from rnnlm.train import demo
+
+demo()
