@@ -1,3 +1,4 @@
+import sys
 from rnnlm.train import demo
 
-demo()
+sys.exit(demo())

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['numbers_learner', 'continue_text', 'demo']
 
-# %% ../nbs/06_train.ipynb #814468e3
-import math, os, tempfile, time
+# %% ../nbs/06_train.ipynb #3a8b02f6
+import argparse, math, os, tempfile, time
 from pathlib import Path
+from typing import Annotated
 import pandas as pd, torch
 import torch.nn.functional as F
 import fastai.callback.progress, fastai.callback.schedule  # give `Learner` its progress bars and fit_one_cycle
@@ -16,7 +17,7 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastcore.script import CliError, call_parse, is_cli
-from .callback import StateResetter, stateful
+from .callback import StateResetter
 from .data import check_int, group_chunks, human_numbers_stream, lm_seqs, most_common
 from .models import LMModel2, LMModel3, Stateful
 
@@ -76,7 +77,7 @@ def continue_text(
     if remembers: model.state = aside
     return ' '.join(vocab[i] for i in ids[0,len(words):].tolist())
 
-# %% ../nbs/06_train.ipynb #a00bfe25
+# %% ../nbs/06_train.ipynb #58f9e644
 _recipes = {LMModel2: (8, 1e-3), LMModel3: (10, 3e-3)}  # epochs and maximal learning rate, for each model of the demo
 
 def _writable(folder):
@@ -98,22 +99,27 @@ def _save(path, obj):
 def _train(learn, n_epoch, lr):
     "Fit `learn`; a row of the report, None if no epoch was finished, and whether Ctrl-C came"
     name,start,interrupted = type(learn.model).__name__,time.perf_counter(),False
-    print(f'\n{name}, {n_epoch} epochs')
+    print(f'\n{name}, epochs: {n_epoch}')
     try: learn.fit_one_cycle(n_epoch, lr)
     except KeyboardInterrupt: interrupted = True
     seconds,done = time.perf_counter()-start,getattr(learn.recorder, 'values', [])
-    if interrupted: print(f'\nInterrupted: {name} finished {len(done)} of {n_epoch} epochs')
+    if interrupted: print(f'\nInterrupted: {name} finished {len(done)} of {n_epoch} epochs; its figures are those of the last one')
     if not done: return None,interrupted
     train_loss,valid_loss,acc = done[-1]
     return {'model': name, 'epochs': len(done), 'train loss': train_loss, 'valid loss': valid_loss,
             'perplexity': math.exp(valid_loss), 'accuracy': acc, 'seconds': seconds}, interrupted
 
-# %% ../nbs/06_train.ipynb #647ad2ff
+# %% ../nbs/06_train.ipynb #72fad103
+class _AsWritten(argparse.Action):
+    "An option that goes by its Python name too: `--n_hidden` beside `call_parse`'s `--n-hidden`"
+    def __init__(self, option_strings, dest, **kwargs): super().__init__([*option_strings, f'--{dest}'], dest, **kwargs)
+    def __call__(self, parser, namespace, values, option_string=None): setattr(namespace, self.dest, values)
+
 @call_parse
 def demo(
     epochs:int=None, # Epochs for each model (default: 8 for LMModel2, 10 for LMModel3)
     bs:int=64, # Batch size
-    n_hidden:int=64, # Size of the hidden state
+    n_hidden:Annotated[int, dict(action=_AsWritten)]=64, # Size of the hidden state
     lr:float=None, # Maximal learning rate for each model (default: 1e-3 for LMModel2, 3e-3 for LMModel3)
     seed:int=42, # Seed of the weights and of the sample
     save:str=None # Folder for the trained weights, a .pt file for each model
