@@ -2,6 +2,7 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'rnnlm'},
   'syms': { 'rnnlm.callback': { 'rnnlm.callback.StateResetter': ('callback.html#stateresetter', 'rnnlm/callback.py'),
+                                'rnnlm.callback.StateResetter.__init__': ('callback.html#stateresetter.__init__', 'rnnlm/callback.py'),
                                 'rnnlm.callback.StateResetter._give_back': ('callback.html#stateresetter._give_back', 'rnnlm/callback.py'),
                                 'rnnlm.callback.StateResetter._state': ('callback.html#stateresetter._state', 'rnnlm/callback.py'),
                                 'rnnlm.callback.StateResetter.after_fit': ('callback.html#stateresetter.after_fit', 'rnnlm/callback.py'),

@@ -19,7 +19,7 @@ def resettable(
     raise TypeError(f"StateResetter needs a model with a reset() method, and {type(inner).__name__} has none: "
                     "drop StateResetter if the model keeps no state, or give the model a reset()")
 
-# %% ../nbs/02_callback.ipynb #6dfa6e9b
+# %% ../nbs/02_callback.ipynb #33fb876a
 class StateResetter(Callback):
     """Resets the model's state at the start of each epoch's training and of each validation, and after fit.
 
@@ -27,6 +27,9 @@ class StateResetter(Callback):
     `reset()` but no `state` to read and set, as fastai's own, is reset after them instead.) Raises `TypeError`
     at the start of `fit` for a model without `reset()`."""
     order = -20  # before fastai's `TrainEvalCallback`, which resets the model in `before_fit`
+    def __init__(self):
+        self.found = self.aside = None  # the state before a fit, and before a validation
+        self.visit = False              # is this a fit without training?
 
     def before_fit(self): self.found,self.visit = self._state(),True
     def before_train(self):

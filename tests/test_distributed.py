@@ -1,0 +1,66 @@
+"Two processes under DistributedDataParallel: one set of weights, and to each its own hidden state."
+from functools import partial
+import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
+import torch.nn.functional as F
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from fastcore.test import test_close as close
+from torch.nn.parallel import DistributedDataParallel
+import fastai.callback.progress
+from rnnlm.callback import StateResetter
+from rnnlm.data import group_chunks, human_numbers_stream, lm_seqs
+from rnnlm.models import LMModel3
+
+BS,LR = 8,.1
+
+def part(rank):
+    "The samples that process `rank` reads: its own half of a text"
+    seqs = lm_seqs(human_numbers_stream()[:1201], sl=3)
+    return group_chunks(seqs[200*rank:200*(rank+1)], BS)
+
+def model():
+    torch.manual_seed(0)
+    return LMModel3(30, 8)
+
+class LastState(LMModel3):
+    "Keeps the state that it had before it was last told to forget"
+    def reset(self):
+        if self.h is not None: self.last = self.h
+        super().reset()
+
+def fit(rank, store, results):
+    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
+    net = model(); net.__class__ = LastState
+    dls = DataLoaders.from_dsets(part(rank), part(rank)[:0], bs=BS, shuffle=False, drop_last=True, num_workers=0, device='cpu')
+    learn = Learner(dls, DistributedDataParallel(net), loss_func=F.cross_entropy, opt_func=partial(SGD, mom=0.),
+                    cbs=StateResetter)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, lr=LR)
+    torch.save((net.state_dict(), net.last, net.state), f'{results}/{rank}.pt')
+    dist.destroy_process_group()
+
+def by_hand():
+    "The same training in one process: two states, and the mean of the two gradients"
+    net = model()
+    params = [*net.parameters()]
+    for epoch in range(2):
+        states = [None, None]
+        for i in range(200//BS):
+            grads = []
+            for rank in 0,1:
+                x,y = (torch.stack(o) for o in zip(*part(rank)[i*BS:(i+1)*BS]))
+                net.state = states[rank]
+                grads.append(torch.autograd.grad(F.cross_entropy(net(x), y), params))
+                states[rank] = net.state
+            with torch.no_grad():
+                for p,a,b in zip(params, *grads): p -= LR*(a+b)/2
+    return net.state_dict(), states
+
+def test_each_process_has_its_own_state(tmp_path):
+    mp.spawn(fit, args=(tmp_path/'store', tmp_path), nprocs=2)
+    (w0,last0,end0),(w1,last1,end1) = (torch.load(tmp_path/f'{rank}.pt') for rank in (0, 1))
+    weights,states = by_hand()
+    for k in weights: close(w0[k], w1[k], eps=0); close(w0[k], weights[k], eps=1e-5)
+    close(last0, states[0], eps=1e-4); close(last1, states[1], eps=1e-4)
+    assert (states[0]-states[1]).abs().max() > .01  # the two would differ if they were shared
+    assert end0 is None and end1 is None
