@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD
-from fastcore.test import test_close as close
+from fastcore.test import test_close as close, test_eq as equal
 from torch.nn.parallel import DistributedDataParallel
 import fastai.callback.progress
 from rnnlm.callback import StateResetter
@@ -60,7 +60,7 @@ def test_each_process_has_its_own_state(tmp_path):
     mp.spawn(fit, args=(tmp_path/'store', tmp_path), nprocs=2)
     (w0,last0,end0),(w1,last1,end1) = (torch.load(tmp_path/f'{rank}.pt') for rank in (0, 1))
     weights,states = by_hand()
-    for k in weights: close(w0[k], w1[k], eps=0); close(w0[k], weights[k], eps=1e-5)
+    for k in weights: equal(w0[k], w1[k]); close(w0[k], weights[k], eps=1e-5)
     close(last0, states[0], eps=1e-4); close(last1, states[1], eps=1e-4)
     assert (states[0]-states[1]).abs().max() > .01  # the two would differ if they were shared
     assert end0 is None and end1 is None
