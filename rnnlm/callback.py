@@ -8,7 +8,7 @@ __all__ = ['resettable', 'StateResetter']
 # %% ../nbs/02_callback.ipynb #1a9fcaaa
 from fastai.callback.core import Callback
 
-# %% ../nbs/02_callback.ipynb #7f06e168
+# %% ../nbs/02_callback.ipynb #47d1240c
 def resettable(
     model # A model with `reset()`, as it is or wrapped by `DistributedDataParallel`, `torch.compile` or both
 ):
@@ -19,7 +19,7 @@ def resettable(
     raise TypeError(f"StateResetter needs a model with a reset() method, and {type(inner).__name__} has none: "
                     "drop StateResetter if the model keeps no state, or give the model a reset()")
 
-# %% ../nbs/02_callback.ipynb #33fb876a
+# %% ../nbs/02_callback.ipynb #183a4f4a
 class StateResetter(Callback):
     """Resets the model's state at the start of each epoch's training and of each validation, and after fit.
 

@@ -131,7 +131,7 @@ def check_int(
     if most is not None and not 1 <= n <= most: raise ValueError(f"{name} must be from 1 to {most} ({of}), got {n}")
     return n
 
-# %% ../nbs/00_data.ipynb #6ff10947
+# %% ../nbs/00_data.ipynb #806c0e68
 def lm_seqs(
     ids, # 1-D token ids (tensor, array, list), or a `TokenStream`
     sl:int, # Sequence length: tokens in each x, at least 1
@@ -142,14 +142,15 @@ def lm_seqs(
     Raises `TypeError` or `ValueError` for an `sl` that is no whole number, below 1 or with no token left to
     predict, and for another `target`. Source: Howard & Gugger 2020, chapter 12."""
     ids = torch.as_tensor(getattr(ids, 'ids', ids))
-    if len(ids) < 2: raise ValueError(f"ids has {len(ids)} tokens: a sample needs at least 2, x and its target")
+    if ids.ndim != 1 or len(ids) < 2:
+        raise ValueError(f"ids must be 1-D, with 2 tokens at least (x and its target), got shape {tuple(ids.shape)}")
     sl = check_int('sl', sl, len(ids)-1, f'the {len(ids)} tokens less one target')
     if target not in ('last', 'all'): raise ValueError(f"target must be 'last' or 'all', got {target!r}")
     n = (len(ids)-1)//sl
     x, y = ids[:n*sl].view(n, sl), ids[1:n*sl+1].view(n, sl)
     return L(zip(x, y[:,-1] if target == 'last' else y))
 
-# %% ../nbs/00_data.ipynb #97f762b3
+# %% ../nbs/00_data.ipynb #af869536
 def group_chunks(
     ds, # Samples in reading order: anything with `len` and integer indexing; a tensor holds one per row
     bs:int, # Batch size: the number of lines read side by side, from 1 to `len(ds)`

@@ -25,7 +25,7 @@ def check_x(
                          f"{tuple(x.shape)}; one text alone becomes x[None], one time step x[:,None]")
     if x.device.type == 'cpu' and not torch.compiler.is_compiling(): check_ids(x, vocab_sz, 'x')
 
-# %% ../nbs/01_models.ipynb #d1fd5c5a
+# %% ../nbs/01_models.ipynb #0d2969c6
 class LMModel2(nn.Module):
     """The simple looping RNN: reads a sample's tokens from a hidden state of 0 and predicts the next one.
 
@@ -46,13 +46,16 @@ class LMModel2(nn.Module):
         for i in range(x.shape[1]): h = F.relu(self.h_h(h + self.i_h(x[:,i])))  # (bs, n_hidden)
         return self.h_o(h)
 
-# %% ../nbs/01_models.ipynb #e6f8d3c6
+# %% ../nbs/01_models.ipynb #8c4d4e57
 def map_state(f, state):
     "`f` applied to each tensor of `state`, which is None, a tensor or a tuple (or list) of states"
     if state is None: return None
-    return tuple(map_state(f, o) for o in state) if isinstance(state, (tuple, list)) else f(state)
+    if isinstance(state, (tuple, list)): return tuple(map_state(f, o) for o in state)
+    if not isinstance(state, torch.Tensor):
+        raise TypeError(f"state must be None, a tensor or a tuple of tensors, got {state!r}; to forget, use reset()")
+    return f(state)
 
-# %% ../nbs/01_models.ipynb #2053bf5d
+# %% ../nbs/01_models.ipynb #84c3ebf7
 class Stateful(nn.Module):
     """A module with a hidden state `h` that lives from batch to batch: None, a tensor or a tuple of tensors.
 
@@ -88,7 +91,7 @@ class Stateful(nn.Module):
         self.h = map_state(fn, self.h)
         return self
 
-# %% ../nbs/01_models.ipynb #a1ca5b59
+# %% ../nbs/01_models.ipynb #4a8819a2
 class LMModel3(Stateful, LMModel2):
     """`LMModel2` with a memory: the hidden state `h` (bs, n_hidden) is kept, detached, for the next batch.
 

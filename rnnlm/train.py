@@ -77,7 +77,7 @@ def continue_text(
     if remembers: model.state = aside
     return ' '.join(vocab[i] for i in ids[0,len(words):].tolist())
 
-# %% ../nbs/06_train.ipynb #58f9e644
+# %% ../nbs/06_train.ipynb #880308c2
 _recipes = {LMModel2: (8, 1e-3), LMModel3: (10, 3e-3)}  # epochs and maximal learning rate, for each model of the demo
 
 def _writable(folder):
@@ -87,7 +87,7 @@ def _writable(folder):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as e:
-        raise CliError(f"--save must be a folder to write to, got {folder!r} ({e.strerror}); nothing was trained") from None
+        raise CliError(f"save must be a folder to write to, got {folder!r} ({e.strerror}); nothing was trained") from None
     return path
 
 def _save(path, obj):

@@ -12,7 +12,7 @@ def run(*args, command=(script,)): return subprocess.run([*command, *args], capt
 @pytest.mark.parametrize('command', [(script,), (sys.executable, '-m', 'rnnlm')], ids=['rnnlm-demo', 'python -m rnnlm'])
 def test_demo(command, tmp_path):
     res = run('--epochs', '2', '--n_hidden', '16', '--bs', '32', '--lr', '0.01', '--seed', '1', '--save', str(tmp_path/'new'), command=command)
-    assert (res.returncode, res.stderr) == (0, '')
+    assert res.returncode == 0, res.stderr
     lines = [o.split() for o in res.stdout.splitlines()]
     assert 'model epochs train loss valid loss perplexity accuracy seconds'.split() in lines
     assert [o[:2] for o in lines if len(o) == 7 and o[0].startswith('LMModel')] == [['LMModel2', '2'], ['LMModel3', '2']]
@@ -32,7 +32,7 @@ def test_same_seed_same_result():
     (['--bs', '99999'], 'bs must be from 1 to 4207'),
     (['--epochs', '0'], 'epochs must be at least 1'),
     (['--n_hidden', '-1'], 'n_hidden must be at least 1'),
-    (['--save', '/proc/models'], "--save must be a folder to write to, got '/proc/models'")])
+    (['--save', '/proc/models'], "save must be a folder to write to, got '/proc/models'")])
 def test_bad_option(args, message):
     res = run(*args)
     assert res.returncode == 1 and message in res.stderr and 'Traceback' not in res.stderr
