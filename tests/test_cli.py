@@ -11,7 +11,8 @@ def run(*args, command=(script,)): return subprocess.run([*command, *args], capt
 
 @pytest.mark.parametrize('command', [(script,), (sys.executable, '-m', 'rnnlm')], ids=['rnnlm-demo', 'python -m rnnlm'])
 def test_demo(command, tmp_path):
-    res = run('--epochs', '2', '--n_hidden', '16', '--bs', '32', '--lr', '0.01', '--seed', '1', '--save', str(tmp_path/'new'), command=command)
+    res = run('--epochs', '2', '--n_hidden', '16', '--bs', '32', '--lr', '0.01', '--seed', '1',
+              '--save', str(tmp_path/'new'), command=command)
     assert res.returncode == 0, res.stderr
     lines = [o.split() for o in res.stdout.splitlines()]
     assert 'model epochs train loss valid loss perplexity accuracy seconds'.split() in lines
@@ -40,11 +41,15 @@ def test_bad_option(args, message):
 
 def stopped_at(text, *args):
     "Run the demo, press Ctrl-C as soon as it has printed `text`, and give its exit code and all that it printed"
-    proc = subprocess.Popen([script, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-    out = ''
-    while text not in out: out += proc.stdout.read(1)
-    proc.send_signal(signal.SIGINT)
-    out += proc.communicate(timeout=120)[0]
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background inherit that it is ignored
+    with subprocess.Popen([script, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
+                          preexec_fn=heed) as proc:
+        try:
+            out = ''
+            while text not in out and proc.poll() is None: out += proc.stdout.read(1)
+            proc.send_signal(signal.SIGINT)
+            out += proc.communicate(timeout=120)[0]
+        finally: proc.kill()
     return proc.returncode, out
 
 def test_ctrl_c_reports_what_was_trained(tmp_path):
