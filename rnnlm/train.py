@@ -46,7 +46,7 @@ def numbers_learner(
     return Learner(dls, arch(len(stream.vocab), n_hidden), loss_func=F.cross_entropy, metrics=accuracy,
                    cbs=StateResetter() if remembers else None)
 
-# %% ../nbs/06_train.ipynb #56f7452b
+# %% ../nbs/06_train.ipynb #92f5e86d
 @torch.no_grad()
 def continue_text(
     model, # A language model with logits (bs, vocab_sz), with or without a `state`
@@ -69,15 +69,17 @@ def continue_text(
     if remembers: aside,model.state = model.state,None
     model.eval()
     x = ids
-    for _ in range(n):
-        probs = F.softmax(model(x if remembers else ids[:,-sl:]), dim=-1)  # (1, vocab_sz)
-        x = torch.multinomial(probs, 1, generator=rng)                     # (1, 1)
-        ids = torch.cat([ids, x], dim=1)
-    model.train(training)
-    if remembers: model.state = aside
+    try:
+        for _ in range(n):
+            probs = F.softmax(model(x if remembers else ids[:,-sl:]), dim=-1)  # (1, vocab_sz)
+            x = torch.multinomial(probs, 1, generator=rng)                     # (1, 1)
+            ids = torch.cat([ids, x], dim=1)
+    finally:
+        model.train(training)
+        if remembers: model.state = aside
     return ' '.join(vocab[i] for i in ids[0,len(words):].tolist())
 
-# %% ../nbs/06_train.ipynb #880308c2
+# %% ../nbs/06_train.ipynb #f9463058
 _recipes = {LMModel2: (8, 1e-3), LMModel3: (10, 3e-3)}  # epochs and maximal learning rate, for each model of the demo
 
 def _writable(folder):
@@ -103,13 +105,13 @@ def _train(learn, n_epoch, lr):
     try: learn.fit_one_cycle(n_epoch, lr)
     except KeyboardInterrupt: interrupted = True
     seconds,done = time.perf_counter()-start,getattr(learn.recorder, 'values', [])
-    if interrupted: print(f'\nInterrupted: {name} finished {len(done)} of {n_epoch} epochs; its figures are those of the last one')
+    if interrupted: print(f'\nInterrupted: {name} finished {len(done)} of {n_epoch} epochs')
     if not done: return None,interrupted
     train_loss,valid_loss,acc = done[-1]
     return {'model': name, 'epochs': len(done), 'train loss': train_loss, 'valid loss': valid_loss,
-            'perplexity': math.exp(valid_loss), 'accuracy': acc, 'seconds': seconds}, interrupted
+            'perplexity': torch.tensor(valid_loss).exp().item(), 'accuracy': acc, 'seconds': seconds}, interrupted
 
-# %% ../nbs/06_train.ipynb #72fad103
+# %% ../nbs/06_train.ipynb #a14461f8
 class _AsWritten(argparse.Action):
     "An option that goes by its Python name too: `--n_hidden` beside `call_parse`'s `--n-hidden`"
     def __init__(self, option_strings, dest, **kwargs): super().__init__([*option_strings, f'--{dest}'], dest, **kwargs)
@@ -131,13 +133,16 @@ def demo(
         learners = [numbers_learner(arch, bs, n_hidden, seed) for arch in _recipes]
     except (TypeError, ValueError) as e: raise CliError(f'{e}; nothing was trained') from None
     folder = None if save is None else _writable(save)
+    if is_cli(): torch.set_num_threads(1)  # matrices so small gain nothing from more, and lose much on busy cores
 
     rows = {}  # learner -> its row
     for learn,(n_epoch,max_lr) in zip(learners, _recipes.values()):
         row,interrupted = _train(learn, epochs or n_epoch, lr or max_lr)
         if row: rows[learn] = row
         if interrupted: break
-    if not rows: print('No epoch was finished, so there is nothing to report'); return 130 if is_cli() else None
+    if not rows:
+        print('No epoch was finished, so there is nothing to report')
+        return 130 if is_cli() else None
 
     table = pd.DataFrame(rows.values())
     digits = {'train loss': 3, 'valid loss': 3, 'perplexity': 2, 'accuracy': 3, 'seconds': 1}
@@ -146,14 +151,15 @@ def demo(
     vocab = best.dls.vocab
     token,share = most_common(torch.stack([y for _,y in best.dls.valid.dataset]), vocab)
     print(f'\nAccuracy of always saying the most common token, {token!r}: {share:.3f}')
-    prompt = 'one . two . three .'
-    print(f"\n{rows[best]['model']} goes on:\n{prompt} | {continue_text(best.model, vocab, prompt, seed=seed)}")
-
     if folder:
         for learn,row in rows.items():
             path = folder/f"{row['model']}.pt"
             try: _save(path, dict(row, weights=learn.model.state_dict(), n_hidden=n_hidden, vocab=[*vocab]))
             except (OSError, RuntimeError) as e: raise CliError(f"could not save {path}: {e}") from None
             print(f'saved {path}')
+    name,prompt = rows[best]['model'],'one . two . three .'
+    if math.isfinite(rows[best]['valid loss']):
+        print(f'\n{name} goes on:\n{prompt} | {continue_text(best.model, vocab, prompt, seed=seed)}')
+    else: print(f'\n{name} diverged, so it can say nothing: lower lr')
     if is_cli(): return 130 if interrupted else 0
     return table

@@ -1,0 +1,4 @@
+import os
+
+# The models here are so small that threads gain nothing, and on busy cores they wait for each other most of the time.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
