@@ -1,4 +1,6 @@
+from rnnlm.stream import *
 from rnnlm.data import *
 from rnnlm.models import *
 from rnnlm.callback import *
+from rnnlm.learner import *
 from rnnlm.train import *

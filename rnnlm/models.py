@@ -9,7 +9,7 @@ __all__ = ['check_x', 'LMModel2', 'map_state', 'Stateful', 'LMModel3']
 import torch
 from torch import nn
 import torch.nn.functional as F
-from .data import check_ids
+from .stream import check_ids
 
 # %% ../nbs/01_models.ipynb #f3445efb
 def check_x(
@@ -95,13 +95,17 @@ class Stateful(nn.Module):
 class LMModel3(Stateful, LMModel2):
     """`LMModel2` with a memory: the hidden state `h` (bs, n_hidden) is kept, detached, for the next batch.
 
-    Takes the samples in the order of `group_chunks`; `reset()` forgets. A batch of another size than the
-    state's raises `ValueError`. Source: Howard & Gugger 2020, chapter 12."""
-    def forward(self, x):
-        "Logits (bs, vocab_sz) of the token after the token ids `x` (bs, sl), read on from the state"
+    Takes batches in which each row reads on, those of `StreamDL` or `group_chunks`; `reset()` forgets. A batch of
+    another size than the state's raises `ValueError`. Source: Howard & Gugger 2020, chapter 12."""
+    def forward(self, x, starts=None):
+        """Logits (bs, vocab_sz) of the token after the token ids `x` (bs, sl), read on from the state.
+
+        `starts` (bs, sl), if given, is true where a document begins: a row forgets before it reads that token."""
         check_x(x, self.i_h.num_embeddings)
         self.check_state(x.shape[0])
         h = 0 if self.h is None else self.h
-        for i in range(x.shape[1]): h = F.relu(self.h_h(h + self.i_h(x[:,i])))  # (bs, n_hidden)
+        for i in range(x.shape[1]):
+            if starts is not None: h = h*~starts[:,i,None]
+            h = F.relu(self.h_h(h + self.i_h(x[:,i])))  # (bs, n_hidden)
         self.h = h.detach()
         return self.h_o(h)
