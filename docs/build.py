@@ -40,8 +40,9 @@ def main():
     "Process, prepare, render; returns Sphinx's exit code, not 0 on any warning"
     for d in proc,site: shutil.rmtree(d, ignore_errors=True)
     proc_nbs(str(root/'nbs'), n_workers=0)
-    notebooks = sorted(proc.glob('*.ipynb'))
-    for path in notebooks: prepare(path, [p.stem for p in notebooks if p.stem != 'index'])
+    notebooks = sorted(proc.rglob('*.ipynb'))
+    pages = [str(p.relative_to(proc).with_suffix('')) for p in notebooks if p.stem != 'index']
+    for path in notebooks: prepare(path, pages)
     failed = sphinx(['-q', '-W', '--keep-going', '-c', str(root/'docs'), '-d', str(proc/'.doctrees'), str(proc), str(site)])
     shutil.rmtree(root/'jupyter_execute', ignore_errors=True)  # MyST-NB's, of no use without execution
     return failed

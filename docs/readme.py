@@ -14,7 +14,7 @@ def readme(index=root/'nbs'/'index.ipynb'):
     for c in nb.cells:  # a page can't take the style sheet of fastai's progress bar
         if c.cell_type == 'code': c.outputs = [o for o in c.outputs if '<style>' not in o.get('data', {}).get('text/html', '')]
     text,_ = MarkdownExporter().from_notebook_node(nb)
-    text = re.sub(r'\]\((?=\w+\.ipynb)', '](nbs/', text)  # links from nbs/ become links from here
+    text = re.sub(r'\]\((?=[\w/]+\.ipynb)', '](nbs/', text)  # links from nbs/ become links from here
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 if __name__ == '__main__': (root/'README.md').write_text(readme(), encoding='utf-8')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_ids', 'check_int', 'TokenStream']
 
-# %% ../nbs/00a_stream.ipynb #c2c09092
+# %% ../nbs/00a_stream.ipynb #c72c15ae
 import errno, hashlib, json, mmap, multiprocessing, operator, os, re, signal, sys, tempfile, threading
 from array import array
 from collections import deque
@@ -20,7 +20,7 @@ from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock, Timeout
 
-# %% ../nbs/00a_stream.ipynb #d8d497ab
+# %% ../nbs/00a_stream.ipynb #dd8e977b
 def check_ids(
     ids:torch.Tensor, # Token ids, any shape, not empty
     vocab_sz:int, # Number of tokens in the vocab
@@ -35,7 +35,7 @@ def check_ids(
         raise ValueError(f"{name} holds token id {lo if lo < 0 else hi}, outside the vocab of {vocab_sz} "
                          f"tokens (0 to {vocab_sz-1}); was it made with another vocab?")
 
-# %% ../nbs/00a_stream.ipynb #ad5689a3
+# %% ../nbs/00a_stream.ipynb #5bc2adf8
 def check_int(
     name:str, # What the error calls the value
     value, # The value to check
@@ -49,7 +49,7 @@ def check_int(
     if most is not None and not 1 <= n <= most: raise ValueError(f"{name} must be from 1 to {most} ({of}), got {n}")
     return n
 
-# %% ../nbs/00a_stream.ipynb #97dadae7
+# %% ../nbs/00a_stream.ipynb #b1f36d5f
 @lru_cache(maxsize=4)
 def _hf_tokenizer(js):
     "The Hugging Face tokenizer of which `js` is the JSON"
@@ -59,7 +59,7 @@ def _hf_tokenizer(js):
                           "or give `decode` a `sep`") from None
     return Tokenizer.from_str(js)
 
-# %% ../nbs/00a_stream.ipynb #f8826ec0
+# %% ../nbs/00a_stream.ipynb #9394fb10
 class TokenStream:
     "One long text: 1-D token ids with the vocab they index, and the places where its documents begin"
     def __init__(self,
@@ -112,7 +112,7 @@ class TokenStream:
         return res
     def __getstate__(self):  # a copy of these tokens alone, not of the memory they are a slice of
         docs = None if self.docs is None else np.array(self.docs)
-        return dict(self.__dict__, ids=np.array(self.ids), docs=docs, _maps=())
+        return dict(self.__dict__, ids=np.array(self.ids.numpy()), docs=docs, _maps=())
     def __setstate__(self, state): self.__dict__.update(state, ids=torch.from_numpy(state['ids']))
 
     def decode(self,
@@ -138,7 +138,9 @@ class TokenStream:
 
     def new_empty(self):
         "A stream of the same vocab and no token, for `DataLoaders.new_empty` and so `learn.export`"
-        return self._with(self.ids[:0].clone(), None if self.docs is None else self.docs[:0].copy())
+        res = self._with(self.ids[:0].clone(), None if self.docs is None else self.docs[:0].copy())
+        res._maps = ()
+        return res
 
     @property
     def fingerprint(self) -> str:
@@ -147,7 +149,7 @@ class TokenStream:
         sizes = f'{len(self)} {len(self.vocab)} '.encode()
         return hashlib.sha256(sizes + ends.numpy().astype('<i8').tobytes()).hexdigest()[:16]
 
-# %% ../nbs/00a_stream.ipynb #38bc0248
+# %% ../nbs/00a_stream.ipynb #727dff24
 _FORMAT, _VERSION, _CHUNK = 'rnnlm.TokenStream', 1, 2**22  # bytes read or written at a time
 
 def _dtype(vocab_sz): return np.dtype('u1' if vocab_sz <= 2**8 else '<u2' if vocab_sz <= 2**16 else '<i4')
@@ -168,13 +170,14 @@ def _writing(path):
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path/'.lock', timeout=0)
     try: lock.acquire()
-    except Timeout: raise RuntimeError(f"another process is writing {path}; wait for it, or write to another path") from None
+    except Timeout:
+        raise RuntimeError(f"another process is writing {path}; wait for it, or write to another path") from None
     try: yield path
     except OSError as e:
         if e.errno == errno.ENOSPC: e.filename = str(path)  # a full disk does not say which
         raise
     finally:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # what cannot be read or removed stays
+        with suppress(Exception):  # what cannot be read or removed stays
             header = json.loads((path/'stream.json').read_bytes()) if (path/'stream.json').exists() else {}
             keep = {o['file'] for o in (header.get('ids'), header.get('docs')) if o}
             for p in path.iterdir():
@@ -210,7 +213,7 @@ def _commit(folder, chunks, vocab, sep, tokenizer, docs):
     os.replace(folder/'stream.tmp', folder/'stream.json')
     _sync_folder(folder)
 
-# %% ../nbs/00a_stream.ipynb #d30ff81a
+# %% ../nbs/00a_stream.ipynb #fa5ee07c
 @patch
 def save(self:TokenStream,
     path # Folder to write to, made if need be; a stream that is there is replaced at once or not at all
@@ -227,7 +230,7 @@ def save(self:TokenStream,
         _commit(folder, chunks, self.vocab, self.sep, self.tokenizer, self.docs)
     return Path(path)
 
-# %% ../nbs/00a_stream.ipynb #b8d247a4
+# %% ../nbs/00a_stream.ipynb #b5208232
 def _load(folder, entry, verify):
     "The array of a header's `entry` as a memory map, and that map"
     file, dtype, length, top = folder/entry['file'], entry['dtype'], entry['length'], entry['max']
@@ -248,7 +251,7 @@ def _load(folder, entry, verify):
             if sha.hexdigest() != entry['sha256']:
                 raise ValueError(f"{file} has another checksum than in its header: it was changed; save the stream again")
             if lo < 0 or hi != top:
-                raise ValueError(f"{file} holds values from {lo} to {hi}, its header says 0 to {top}; save the stream again")
+                raise ValueError(f"{file} holds {lo} to {hi}, its header says 0 to {top}; save the stream again")
         if length == 0: return np.empty(0, dtype), None
         # copy on write, or torch warns; no memory set aside for the copies, or a map larger than memory is refused
         how = (dict(flags=mmap.MAP_PRIVATE | getattr(mmap, 'MAP_NORESERVE', 0x4000)) if sys.platform == 'linux' else
@@ -263,8 +266,9 @@ def open(cls:TokenStream,
 ) -> TokenStream:
     """A saved stream, memory-mapped: opening reads the header alone, and slices read what they hold when it is used.
 
-    `ids` keep the dtype of the file (uint8, uint16 or int32). Raises `FileNotFoundError` where nothing was saved,
-    `ValueError` for what is no stream, was written by a newer rnnlm, was cut off or changed."""
+    `ids` keep the dtype of the file (uint8, uint16 or int32); a change to them does not reach it. Raises
+    `FileNotFoundError` where nothing was saved, `ValueError` for what is no stream, was written by a newer rnnlm, was
+    cut off or changed."""
     file = Path(path)/'stream.json'
     if not file.exists(): raise FileNotFoundError(f"{file} does not exist: no stream was saved at {path}")
     raw = file.read_bytes()
@@ -292,14 +296,14 @@ def open(cls:TokenStream,
                         _maps=tuple(o for o in (ids_map, docs_map) if o))
     return res
 
-# %% ../nbs/00a_stream.ipynb #53f9b4d5
+# %% ../nbs/00a_stream.ipynb #2bd01675
 @patch
 def release(self:TokenStream):
     "Give back the memory of the pages of an opened stream read so far; they are read anew when used. Else does nothing"
     for pages in self._maps:
         if hasattr(mmap, 'MADV_DONTNEED'): pages.madvise(mmap.MADV_DONTNEED)
 
-# %% ../nbs/00a_stream.ipynb #402b9f75
+# %% ../nbs/00a_stream.ipynb #1816d101
 _words = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]|\n")
 # Where a file may be cut, each at the last such place
 _at_lines = re.compile(rb'.*\n|.*(?= )', re.DOTALL)  # after a line, or before a space
@@ -329,11 +333,11 @@ def _read_tokenizer(tok):
                          f"or a Hugging Face tokenizers.Tokenizer, got {tok!r}")
     return partial(map, tok), ' ', _at_lines, None
 
-# %% ../nbs/00a_stream.ipynb #49b6c5d6
+# %% ../nbs/00a_stream.ipynb #d8525a7f
 class _NewIds(dict):
     "The id of each token; a new one gets the next number"
     def __missing__(self, token):
-        if not isinstance(token, str): raise TypeError(f"tokenizer must give strings, got {token!r}")
+        if not isinstance(token, str): raise TypeError(f"tokenizer must give strings, got {repr(token)[:60]}")
         return self.setdefault(token, len(self))
 
 class _FixedIds(dict):
@@ -351,10 +355,13 @@ def _encode(piece, tokenize, eos, ids_of):
     "The ids of a list of (text, whether its document ends) and a list of (number of ids, whether its document ends)"
     tokens, parts = [], []
     for (_,end),new in zip(piece, tokenize([text for text,_ in piece])):
+        if isinstance(new, str): raise TypeError(f"tokenizer must give a list of tokens, got one string, {new[:20]!r}")
         start = len(tokens)
         tokens += new
         if end and eos is not None: tokens.append(eos)
         parts.append((len(tokens)-start, end))
+    if tokens and not isinstance(tokens[0], str | int):
+        raise TypeError(f"tokenizer must give strings, got {repr(tokens[0])[:60]}")
     return np.fromiter(map(ids_of.__getitem__, tokens), np.uint32, len(tokens)), parts
 
 def _start_worker(*setup):
@@ -380,7 +387,7 @@ def _encode_all(pieces, n_workers, setup):
             if len(queue) >= 2*n_workers: yield queue.popleft().result()
         while queue: yield queue.popleft().result()
 
-# %% ../nbs/00a_stream.ipynb #06c3e8c0
+# %% ../nbs/00a_stream.ipynb #90910784
 _BLOCK = 2**20  # bytes of a file read at a time, and characters of a piece of work
 
 class _Files(list): "Paths of text files, each a document"
@@ -396,7 +403,8 @@ def _blocks(path, cut):
             else: end = len(data) if last else found.end()
             try: text = data[:end].decode()
             except UnicodeDecodeError as e:
-                raise ValueError(f"{path} is not UTF-8: byte {start+e.start} is {data[e.start]:#x}; convert it first") from None
+                at = start+e.start
+                raise ValueError(f"{path} is not UTF-8: byte {at} is {data[e.start]:#x}; convert it first") from None
             yield len(new), (text.replace('\r\n', '\n'), last)
             start, rest = start+end, data[end:]
 
@@ -408,7 +416,8 @@ def _pieces(docs, cut, progress):
     if bar: bar.update(0)
     piece, size, done = [], 0, 0
     for i,doc in enumerate(docs):
-        if not files and not isinstance(doc, str): raise TypeError(f"docs must be strings, got {doc!r} as number {i}")
+        if not files and not isinstance(doc, str):
+            raise TypeError(f"docs must be strings, got {repr(doc)[:60]} as number {i}")
         for n,unit in _blocks(doc, cut) if files else [(1, (doc, True))]:
             piece.append(unit)
             size, done = size+len(unit[0])+1, done+n
@@ -418,7 +427,7 @@ def _pieces(docs, cut, progress):
             if bar: bar.update(done)
     if piece: yield piece
 
-# %% ../nbs/00a_stream.ipynb #4bed4aa9
+# %% ../nbs/00a_stream.ipynb #daa94940
 @patch(cls_method=True)
 def from_docs(cls:TokenStream,
     docs, # Iterable of strings, read once; all of them together may be larger than memory
@@ -434,8 +443,9 @@ def from_docs(cls:TokenStream,
 ) -> TokenStream: # Opened at `path`, or in memory; its `docs` are the beginnings of documents that have tokens
     """A stream of all documents one after the other, with a vocab in order of first appearance.
 
-    Needs memory for the vocab, 8 bytes a document and some pieces of about 1 MB. Raises `ValueError` for no token
-    at all and for a token outside `vocab` (without `unk` in it), and passes on what `docs` or `tokenizer` raise."""
+    Needs memory for the vocab, 8 bytes a document and some pieces of about 1 MB (of one document, if longer). Raises
+    `ValueError` for no token at all and for a token outside `vocab` (without `unk` in it), `RuntimeError` if another
+    process is writing `path`, and what `docs` or `tokenizer` raise; after a failure `path` is as before."""
     if isinstance(docs, str): raise TypeError("docs must be an iterable of strings, got one string; use from_text")
     tokenize, sep, cut, hf = _read_tokenizer(tokenizer)
     limited = check_int('min_freq', min_freq) > 1 or max_vocab is not None
@@ -448,9 +458,9 @@ def from_docs(cls:TokenStream,
     if hf:
         vocab = [''] * (1+max(hf.get_vocab().values()))
         for token,i in hf.get_vocab().items(): vocab[i] = token
-    if vocab is not None and eos is not None and eos not in vocab:
-        raise ValueError(f"eos must be a token of the vocab, got {eos!r}")
     fixed = range(len(vocab)) if hf else None if vocab is None else _FixedIds(vocab := [*vocab], unk)
+    if fixed is not None and eos is not None and eos not in vocab:
+        raise ValueError(f"eos must be a token of the vocab, got {eos!r}")
     setup = tokenize, vocab.index(eos) if hf and eos is not None else eos, fixed
     ids_of = _NewIds() if fixed is None else fixed
     starts, length, at_start = array('q'), 0, True
@@ -477,7 +487,7 @@ def from_docs(cls:TokenStream,
             counts = sum(np.bincount(o, minlength=len(vocab)) for o in chunks(lut))
             if eos is not None: counts[ids_of[eos]] = length  # is kept
             if unk in ids_of: counts[ids_of[unk]] = 0
-            often = np.argsort(-counts, kind='stable')[:max_vocab and max_vocab-1]
+            often = np.argsort(-counts, kind='stable')[:None if max_vocab is None else max_vocab-1]
             kept = np.sort(often[counts[often] >= min_freq])
             lut[:] = 0
             lut[kept] = np.arange(1, len(kept)+1)
@@ -489,7 +499,7 @@ def from_docs(cls:TokenStream,
             res.tokenizer = js
     return res if path is None else cls.open(path)
 
-# %% ../nbs/00a_stream.ipynb #beaec64b
+# %% ../nbs/00a_stream.ipynb #6e9b5c73
 @patch(cls_method=True)
 @delegates(TokenStream.from_docs)
 def from_text(cls:TokenStream,
@@ -497,10 +507,11 @@ def from_text(cls:TokenStream,
     **kwargs
 ) -> TokenStream:
     "A stream of one text; see `from_docs`"
-    if not isinstance(text, str): raise TypeError(f"text must be a string, got {text!r}; for files use from_files")
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, got {repr(text)[:60]}; for files use from_files")
     return cls.from_docs([text], **kwargs)
 
-# %% ../nbs/00a_stream.ipynb #1eae7978
+# %% ../nbs/00a_stream.ipynb #362c4ae0
 @patch(cls_method=True)
 @delegates(TokenStream.from_docs)
 def from_files(cls:TokenStream,
