@@ -1,4 +1,5 @@
 from rnnlm.stream import *
+from rnnlm.text import *
 from rnnlm.data import *
 from rnnlm.models import *
 from rnnlm.callback import *

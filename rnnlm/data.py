@@ -12,7 +12,8 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.torch_core import default_device, display_df
 from fastcore.basics import detuplify, patch, store_attr
 from fastcore.foundation import L
-from .stream import TokenStream, check_int
+from .stream import check_int
+from .text import TokenStream
 
 # %% ../nbs/00_data.ipynb #f8232ab6
 _all_ = ['TokenStream']
@@ -182,13 +183,13 @@ class StreamDL(TfmdDL):
         "The stream's ids; with `on_device` on the device, if there is room for them"
         ids = self.dataset.ids
         if not self.on_device or self.device is None or ids.device == self.device: return ids
-        if self._moved is None or self._moved.device.type != self.device.type:
+        if self._moved is None or self._moved[0] != self.device:
             size = ids.numel()*ids.element_size()
             if self.device.type == 'cuda' and size > (free := torch.cuda.mem_get_info(self.device)[0]):
                 warn(f"on_device: the stream's {size:,} bytes don't fit the {free:,} that are free; sending batches instead")
                 return ids
-            self._moved = ids.to(self.device)
-        return self._moved
+            self._moved = self.device,ids.to(self.device)
+        return self._moved[1]
 
     def _batches(self, start=0):
         "The batches of this epoch from number `start` on"
@@ -200,22 +201,6 @@ class StreamDL(TfmdDL):
             if self.doc_starts: batch = batch[0],self._doc_starts(a, batch[0].shape[1]),batch[1]
             yield batch if ready else self._place(batch)
         if self.tail: yield self._place(self._tail_batch())
-
-    def _doc_starts(self, a, n):
-        "A mask (bs, n): in the `n` columns from `a` on, which tokens begin a document?"
-        mask,docs = torch.zeros(self.bs, n, dtype=torch.bool),self.dataset.docs
-        begin = self.first + a + self.line*np.arange(self.bs)  # of each row
-        lo,hi = np.searchsorted(docs, begin),np.searchsorted(docs, begin+n)
-        for j in np.flatnonzero(lo < hi): mask[j,docs[lo[j]:hi[j]]-begin[j]] = True
-        return mask
-
-    def _tail_batch(self):
-        "The last line goes on to the end of the stream, and the other rows are padding"
-        x,ids = torch.zeros(self.bs, self.tail, dtype=torch.long),self.dataset.ids
-        y = torch.full_like(x, -100)
-        x[-1],y[-1] = ids[-self.tail-1:-1].long(),ids[-self.tail:].long()
-        if self.target == 'last': y = y[:,-1]
-        return (x,self._doc_starts(self.line, self.tail),y) if self.doc_starts else (x,y)
 
     def _place(self, batch):
         "`batch` as int64 (masks as they are) on the loader's device; to a GPU from pinned memory, without waiting"
@@ -254,52 +239,6 @@ class StreamDL(TfmdDL):
         m = len(self)
         return [i + m*j for i in range(m) for j in range(self.bs)]
 
-    def _made_for(self):
-        same = 'bs sl target stride drop_last whole sl_std shift seed'.split()
-        return {k: getattr(self, k) for k in same} | dict(corpus=self.dataset.fingerprint)
-
-    def state_dict(self) -> dict:
-        "The place in the text: the epoch, the batches of it that were read, and what they were cut from"
-        over = self.batch == len(self)
-        return dict(epoch=self.epoch+over, batch=0 if over else self.batch, made_for=self._made_for())
-
-    def load_state_dict(self,
-        state:dict # From `state_dict` of a loader with the same arguments over the same stream
-    ):
-        "Go on from `state` at the next iteration; raises `ValueError` if it was saved for other arguments or another corpus"
-        for k,v in self._made_for().items():
-            if (was := state['made_for'].get(k)) != v:
-                raise ValueError(f"state was saved for {k}={was!r}, and this loader has {k}={v!r}: make the loader as it was, "
-                                 "or start from the beginning of an epoch")
-        self.epoch,self.batch = state['epoch'],state['batch']
-        self._resume = self.batch
-        self._lay_out()
-
-    def _table(self, max_n, trunc_at, **columns):
-        "Show the `columns`, each (bs, sl) or (bs,) token ids, in words"
-        def words(row): return self.dataset.decode(row[row >= 0].cpu())[:trunc_at]
-        display_df(pd.DataFrame({k: [words(row.view(-1)) for row in v[:max_n]] for k,v in columns.items()}))
-
-    def show_batch(self,
-        b=None, # Batch to show, `one_batch()` by default
-        max_n:int=9, # Rows to show at most
-        ctxs=None, # Not used
-        show:bool=True, # Show it, or give it back?
-        trunc_at:int=150, # Characters of a text to show
-        **kwargs
-    ):
-        "The rows of a batch and their targets, in words"
-        if b is None: b = self.one_batch()
-        if not show: return b
-        self._table(max_n, trunc_at, text=b[0], target=b[-1])
-
-    def show_results(self, b, out, max_n=9, ctxs=None, show=True, trunc_at=150, **kwargs):
-        "The rows of a batch, their targets, and the model's most likely tokens (`out`: token ids, or scores over the vocab)"
-        out = detuplify(out)
-        if out.is_floating_point(): out = out.argmax(-1)
-        if not show: return b,out
-        self._table(max_n, trunc_at, text=b[0], target=b[-1], prediction=out)
-
 # %% ../nbs/00_data.ipynb #36a7036c
 @patch
 def dataloaders(self:TokenStream,
@@ -324,3 +263,77 @@ def dataloaders(self:TokenStream,
     valid = train.new(self[cut:], bs=val_bs or train.bs, stride=None, sl_std=0, shift=0, whole=not drop_last,
                       verbose=kwargs.get('verbose', True))
     return DataLoaders(train, valid, path=path, device=default_device() if device is None else device)
+
+# %% ../nbs/00_data.ipynb #d3c04728
+@patch
+def _table(self:StreamDL, max_n, trunc_at, **columns):
+    "Show the `columns`, each (bs, sl) or (bs,) token ids, in words"
+    def words(row): return self.dataset.decode(row[row >= 0].cpu())[:trunc_at]
+    display_df(pd.DataFrame({k: [words(row.view(-1)) for row in v[:max_n]] for k,v in columns.items()}))
+
+@patch
+def show_batch(self:StreamDL,
+    b=None, # Batch to show, `one_batch()` by default
+    max_n:int=9, # Rows to show at most
+    ctxs=None, # Not used
+    show:bool=True, # Show it, or give it back?
+    trunc_at:int=150, # Characters of a text to show
+    **kwargs
+):
+    "The rows of a batch and their targets, in words"
+    if b is None: b = self.one_batch()
+    if not show: return b
+    self._table(max_n, trunc_at, text=b[0], target=b[-1])
+
+@patch
+def show_results(self:StreamDL, b, out, max_n=9, ctxs=None, show=True, trunc_at=150, **kwargs):
+    "The rows of a batch, their targets, and the model's most likely tokens (`out`: token ids, or scores over the vocab)"
+    out = detuplify(out)
+    if out.is_floating_point(): out = out.argmax(-1)
+    if not show: return b,out
+    self._table(max_n, trunc_at, text=b[0], target=b[-1], prediction=out)
+
+# %% ../nbs/00_data.ipynb #400e01b6
+@patch
+def _tail_batch(self:StreamDL):
+    "The last line goes on to the end of the stream, and the other rows are padding"
+    x,ids = torch.zeros(self.bs, self.tail, dtype=torch.long),self.dataset.ids
+    y = torch.full_like(x, -100)
+    x[-1],y[-1] = ids[-self.tail-1:-1].long(),ids[-self.tail:].long()
+    if self.target == 'last': y = y[:,-1]
+    return (x,self._doc_starts(self.line, self.tail),y) if self.doc_starts else (x,y)
+
+# %% ../nbs/00_data.ipynb #8decb819
+@patch
+def _doc_starts(self:StreamDL, a, n):
+    "A mask (bs, n): in the `n` columns from `a` on, which tokens begin a document?"
+    mask,docs = torch.zeros(self.bs, n, dtype=torch.bool),self.dataset.docs
+    begin = self.first + a + self.line*np.arange(self.bs)  # of each row
+    lo,hi = np.searchsorted(docs, begin),np.searchsorted(docs, begin+n)
+    for j in np.flatnonzero(lo < hi): mask[j,docs[lo[j]:hi[j]]-begin[j]] = True
+    return mask
+
+# %% ../nbs/00_data.ipynb #bff7aaae
+@patch
+def _made_for(self:StreamDL):
+    same = 'bs sl target stride drop_last whole sl_std shift seed'.split()
+    return {k: getattr(self, k) for k in same} | dict(corpus=self.dataset.fingerprint)
+
+@patch
+def state_dict(self:StreamDL) -> dict:
+    "The place in the text: the epoch, the batches of it that were read, and what they were cut from"
+    over = self.batch == len(self)
+    return dict(epoch=self.epoch+over, batch=0 if over else self.batch, made_for=self._made_for())
+
+@patch
+def load_state_dict(self:StreamDL,
+    state:dict # From `state_dict` of a loader with the same arguments over the same stream
+):
+    "Go on from `state` at the next iteration; raises `ValueError` if it was saved for other arguments or another corpus"
+    for k,v in self._made_for().items():
+        if (was := state.get('made_for', {}).get(k)) != v:
+            raise ValueError(f"state was saved for {k}={was!r}, and this loader has {k}={v!r}: make the loader as it was, "
+                             "or start from the beginning of an epoch")
+    self.epoch,self.batch = state['epoch'],state['batch']
+    self._resume = self.batch
+    self._lay_out()

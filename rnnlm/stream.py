@@ -5,22 +5,17 @@
 # %% auto #0
 __all__ = ['check_ids', 'check_int', 'TokenStream']
 
-# %% ../nbs/00a_stream.ipynb #c72c15ae
-import errno, hashlib, json, mmap, multiprocessing, operator, os, re, signal, sys, tempfile, threading
-from array import array
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
-from functools import lru_cache, partial
+# %% ../nbs/00a_stream.ipynb #bff2fc78
+import errno, hashlib, json, mmap, operator, os, re, sys
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastcore.meta import delegates
-from fastprogress.fastprogress import progress_bar
 from filelock import FileLock, Timeout
 
-# %% ../nbs/00a_stream.ipynb #dd8e977b
+# %% ../nbs/00a_stream.ipynb #26fb3086
 def check_ids(
     ids:torch.Tensor, # Token ids, any shape, not empty
     vocab_sz:int, # Number of tokens in the vocab
@@ -35,7 +30,7 @@ def check_ids(
         raise ValueError(f"{name} holds token id {lo if lo < 0 else hi}, outside the vocab of {vocab_sz} "
                          f"tokens (0 to {vocab_sz-1}); was it made with another vocab?")
 
-# %% ../nbs/00a_stream.ipynb #5bc2adf8
+# %% ../nbs/00a_stream.ipynb #7a89b5ec
 def check_int(
     name:str, # What the error calls the value
     value, # The value to check
@@ -49,7 +44,7 @@ def check_int(
     if most is not None and not 1 <= n <= most: raise ValueError(f"{name} must be from 1 to {most} ({of}), got {n}")
     return n
 
-# %% ../nbs/00a_stream.ipynb #b1f36d5f
+# %% ../nbs/00a_stream.ipynb #c20f7dfc
 @lru_cache(maxsize=4)
 def _hf_tokenizer(js):
     "The Hugging Face tokenizer of which `js` is the JSON"
@@ -59,9 +54,12 @@ def _hf_tokenizer(js):
                           "or give `decode` a `sep`") from None
     return Tokenizer.from_str(js)
 
-# %% ../nbs/00a_stream.ipynb #9394fb10
+# %% ../nbs/00a_stream.ipynb #1ee0c0a9
 class TokenStream:
-    "One long text: 1-D token ids with the vocab they index, and the places where its documents begin"
+    """One long text: 1-D token ids with the vocab they index, and the places where its documents begin.
+
+    `ids` has shape (tokens,) and is int64 in memory, but uint8, uint16 or int32 when opened from disk: use `.long()` on
+    slices. `docs` is a sorted int64 array or None, `tokenizer` the JSON of a Hugging Face tokenizer or None."""
     def __init__(self,
         ids, # 1-D integer token ids: tensor, array or list, at least one
         vocab, # Sequence of tokens; token `i` is `vocab[i]`
@@ -149,7 +147,7 @@ class TokenStream:
         sizes = f'{len(self)} {len(self.vocab)} '.encode()
         return hashlib.sha256(sizes + ends.numpy().astype('<i8').tobytes()).hexdigest()[:16]
 
-# %% ../nbs/00a_stream.ipynb #727dff24
+# %% ../nbs/00a_stream.ipynb #a5882caa
 _FORMAT, _VERSION, _CHUNK = 'rnnlm.TokenStream', 1, 2**22  # bytes read or written at a time
 
 def _dtype(vocab_sz): return np.dtype('u1' if vocab_sz <= 2**8 else '<u2' if vocab_sz <= 2**16 else '<i4')
@@ -213,7 +211,7 @@ def _commit(folder, chunks, vocab, sep, tokenizer, docs):
     os.replace(folder/'stream.tmp', folder/'stream.json')
     _sync_folder(folder)
 
-# %% ../nbs/00a_stream.ipynb #fa5ee07c
+# %% ../nbs/00a_stream.ipynb #072badbc
 @patch
 def save(self:TokenStream,
     path # Folder to write to, made if need be; a stream that is there is replaced at once or not at all
@@ -230,7 +228,7 @@ def save(self:TokenStream,
         _commit(folder, chunks, self.vocab, self.sep, self.tokenizer, self.docs)
     return Path(path)
 
-# %% ../nbs/00a_stream.ipynb #b5208232
+# %% ../nbs/00a_stream.ipynb #7230e53b
 def _load(folder, entry, verify):
     "The array of a header's `entry` as a memory map, and that map"
     file, dtype, length, top = folder/entry['file'], entry['dtype'], entry['length'], entry['max']
@@ -296,238 +294,9 @@ def open(cls:TokenStream,
                         _maps=tuple(o for o in (ids_map, docs_map) if o))
     return res
 
-# %% ../nbs/00a_stream.ipynb #2bd01675
+# %% ../nbs/00a_stream.ipynb #57cd7847
 @patch
 def release(self:TokenStream):
     "Give back the memory of the pages of an opened stream read so far; they are read anew when used. Else does nothing"
     for pages in self._maps:
         if hasattr(mmap, 'MADV_DONTNEED'): pages.madvise(mmap.MADV_DONTNEED)
-
-# %% ../nbs/00a_stream.ipynb #1816d101
-_words = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]|\n")
-# Where a file may be cut, each at the last such place
-_at_lines = re.compile(rb'.*\n|.*(?= )', re.DOTALL)  # after a line, or before a space
-_at_chars = re.compile(rb'.*(?=[^\x80-\xbf\n])', re.DOTALL)  # before a character, but within no '\r\n'
-_at_words = re.compile(rb'.*\S(?= \S)', re.DOTALL)  # before the single space before a word
-
-def _hf_ids(tok, texts): return [o.ids for o in tok.encode_batch(texts, add_special_tokens=False)]
-
-def _read_tokenizer(tok):
-    "A function from texts to their tokens (Hugging Face: ids), the sep, where files may be cut, the Hugging Face one"
-    if isinstance(tok, str) and tok == 'words': return partial(map, _words.findall), ' ', _at_lines, None
-    if isinstance(tok, str) and tok == 'chars': return partial(map, list), '', _at_chars, None
-    tok = getattr(tok, 'backend_tokenizer', tok)  # of a `transformers` tokenizer
-    if hasattr(tok, 'encode_batch') and hasattr(tok, 'to_str'):
-        tok = type(tok).from_str(tok.to_str())
-        tok.no_padding(); tok.no_truncation()
-        return partial(_hf_ids, tok), ' ', _at_words, tok
-    if core := sys.modules.get('fastai.text.core'):
-        batch = core.BaseTokenizer, core.SpacyTokenizer, core.SubwordTokenizer
-        if isinstance(tok, batch) or isinstance(tok, type) and issubclass(tok, batch): tok = core.Tokenizer(tok)
-        if isinstance(tok, core.Tokenizer):
-            if getattr(tok.tok, 'tok', tok) is None:
-                raise ValueError("tokenizer has no model yet; call its setup(texts) first, or give it an sp_model")
-            return partial(map, tok), tok.sep, None, None  # its rules need to see whole documents
-    if not callable(tok):
-        raise ValueError(f"tokenizer must be 'words', 'chars', a function from a text to its tokens, a fastai tokenizer "
-                         f"or a Hugging Face tokenizers.Tokenizer, got {tok!r}")
-    return partial(map, tok), ' ', _at_lines, None
-
-# %% ../nbs/00a_stream.ipynb #d8525a7f
-class _NewIds(dict):
-    "The id of each token; a new one gets the next number"
-    def __missing__(self, token):
-        if not isinstance(token, str): raise TypeError(f"tokenizer must give strings, got {repr(token)[:60]}")
-        return self.setdefault(token, len(self))
-
-class _FixedIds(dict):
-    "The id of each token of `vocab`; any other is `unk`, if that is in it"
-    def __init__(self, vocab, unk):
-        super().__init__((t,i) for i,t in enumerate(vocab))
-        if len(self) < len(vocab): raise ValueError(f"vocab must not repeat tokens, got {len(vocab)-len(self)} repeated")
-        self.unk = unk
-    def __missing__(self, token):
-        if self.unk not in self:
-            raise ValueError(f"token {token!r} is not in vocab, and neither is unk, {self.unk!r}; add one of them to it")
-        return self[self.unk]
-
-def _encode(piece, tokenize, eos, ids_of):
-    "The ids of a list of (text, whether its document ends) and a list of (number of ids, whether its document ends)"
-    tokens, parts = [], []
-    for (_,end),new in zip(piece, tokenize([text for text,_ in piece])):
-        if isinstance(new, str): raise TypeError(f"tokenizer must give a list of tokens, got one string, {new[:20]!r}")
-        start = len(tokens)
-        tokens += new
-        if end and eos is not None: tokens.append(eos)
-        parts.append((len(tokens)-start, end))
-    if tokens and not isinstance(tokens[0], str | int):
-        raise TypeError(f"tokenizer must give strings, got {repr(tokens[0])[:60]}")
-    return np.fromiter(map(ids_of.__getitem__, tokens), np.uint32, len(tokens)), parts
-
-def _start_worker(*setup):
-    "In a new process: one thread, Ctrl-C is left to the parent, and no outliving it"
-    global _setup
-    _setup = setup
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-def _work(piece):
-    "In a worker: ids by the piece's own tokens, which come along, unless ids are fixed"
-    tokenize, eos, fixed = _setup
-    ids_of = _NewIds() if fixed is None else fixed
-    return *_encode(piece, tokenize, eos, ids_of), [*ids_of] if fixed is None else None
-
-def _encode_all(pieces, n_workers, setup):
-    "`_work` of all pieces, in order"
-    with ProcessPoolExecutor(n_workers, initializer=_start_worker, initargs=setup) as ex:
-        queue = deque()
-        for piece in pieces:
-            queue.append(ex.submit(_work, piece))
-            if len(queue) >= 2*n_workers: yield queue.popleft().result()
-        while queue: yield queue.popleft().result()
-
-# %% ../nbs/00a_stream.ipynb #90910784
-_BLOCK = 2**20  # bytes of a file read at a time, and characters of a piece of work
-
-class _Files(list): "Paths of text files, each a document"
-
-def _blocks(path, cut):
-    "The text of a file in blocks of about `_BLOCK` bytes: (bytes, (text, is it the last?))"
-    with path.open('rb') as f:
-        start, rest, last = 0, b'', False
-        while not last:
-            new = f.read(_BLOCK if cut else -1)
-            data, last = rest+new, not (new and cut)
-            if not last and not (found := cut.match(data)): end = 0
-            else: end = len(data) if last else found.end()
-            try: text = data[:end].decode()
-            except UnicodeDecodeError as e:
-                at = start+e.start
-                raise ValueError(f"{path} is not UTF-8: byte {at} is {data[e.start]:#x}; convert it first") from None
-            yield len(new), (text.replace('\r\n', '\n'), last)
-            start, rest = start+end, data[end:]
-
-def _pieces(docs, cut, progress):
-    "Lists of (text, whether its document ends) of `_BLOCK` characters or more"
-    files = isinstance(docs, _Files)
-    total = sum(p.stat().st_size for p in docs) if files else len(docs) if hasattr(docs, '__len__') else 0
-    bar = progress_bar(range(total), total=total, leave=False) if progress and total else None
-    if bar: bar.update(0)
-    piece, size, done = [], 0, 0
-    for i,doc in enumerate(docs):
-        if not files and not isinstance(doc, str):
-            raise TypeError(f"docs must be strings, got {repr(doc)[:60]} as number {i}")
-        for n,unit in _blocks(doc, cut) if files else [(1, (doc, True))]:
-            piece.append(unit)
-            size, done = size+len(unit[0])+1, done+n
-            if size >= _BLOCK:
-                yield piece
-                piece, size = [], 0
-            if bar: bar.update(done)
-    if piece: yield piece
-
-# %% ../nbs/00a_stream.ipynb #daa94940
-@patch(cls_method=True)
-def from_docs(cls:TokenStream,
-    docs, # Iterable of strings, read once; all of them together may be larger than memory
-    tokenizer='words', # 'words', 'chars', a function from a text to its tokens, or a fastai or Hugging Face tokenizer
-    path=None, # Folder to write the stream to, as `save` does; in memory if None
-    min_freq:int=1, # Tokens that occur less often become `unk`
-    max_vocab:int=None, # Most tokens of the vocab, `unk` included: the most frequent ones
-    unk:str='<unk>', # The token for all others; the first of the vocab with `min_freq` or `max_vocab`
-    vocab=None, # Sequence of tokens to use, and no others
-    eos:str=None, # Token to put after each document
-    n_workers:int=0, # Processes that tokenize, none but this one if 0
-    progress:bool=True # Show a bar, if the number of documents is known?
-) -> TokenStream: # Opened at `path`, or in memory; its `docs` are the beginnings of documents that have tokens
-    """A stream of all documents one after the other, with a vocab in order of first appearance.
-
-    Needs memory for the vocab, 8 bytes a document and some pieces of about 1 MB (of one document, if longer). Raises
-    `ValueError` for no token at all and for a token outside `vocab` (without `unk` in it), `RuntimeError` if another
-    process is writing `path`, and what `docs` or `tokenizer` raise; after a failure `path` is as before."""
-    if isinstance(docs, str): raise TypeError("docs must be an iterable of strings, got one string; use from_text")
-    tokenize, sep, cut, hf = _read_tokenizer(tokenizer)
-    limited = check_int('min_freq', min_freq) > 1 or max_vocab is not None
-    if max_vocab is not None and check_int('max_vocab', max_vocab) < 2:
-        raise ValueError(f"max_vocab must be at least 2 (unk and a token), got {max_vocab}")
-    if n_workers != 0: check_int('n_workers', n_workers)
-    if limited and vocab is not None: raise ValueError("vocab is given, so leave out min_freq and max_vocab")
-    if hf and (limited or vocab is not None):
-        raise ValueError("a Hugging Face tokenizer has its own vocab, so leave out vocab, min_freq and max_vocab")
-    if hf:
-        vocab = [''] * (1+max(hf.get_vocab().values()))
-        for token,i in hf.get_vocab().items(): vocab[i] = token
-    fixed = range(len(vocab)) if hf else None if vocab is None else _FixedIds(vocab := [*vocab], unk)
-    if fixed is not None and eos is not None and eos not in vocab:
-        raise ValueError(f"eos must be a token of the vocab, got {eos!r}")
-    setup = tokenize, vocab.index(eos) if hf and eos is not None else eos, fixed
-    ids_of = _NewIds() if fixed is None else fixed
-    starts, length, at_start = array('q'), 0, True
-
-    with _writing(path) if path is not None else nullcontext() as folder, tempfile.TemporaryFile(dir=folder) as f:
-        pieces = _pieces(docs, cut, progress)
-        with closing(_encode_all(pieces, n_workers, setup) if n_workers else
-                     ((*_encode(piece, *setup[:2], ids_of), None) for piece in pieces)) as encoded:
-            for ids,parts,tokens in encoded:
-                if tokens is not None: ids = np.fromiter(map(ids_of.__getitem__, tokens), np.uint32, len(tokens))[ids]
-                f.write(ids.data)
-                for n,end in parts:
-                    if n and at_start: starts.append(length); at_start = False
-                    length += n
-                    at_start = at_start or end
-        if length == 0: raise ValueError("docs hold no token; a TokenStream needs at least one")
-
-        def chunks(lut):
-            f.seek(0)
-            while data := f.read(_CHUNK): yield lut[np.frombuffer(data, np.uint32)]
-        vocab = [*ids_of] if fixed is None else vocab
-        lut = np.arange(len(vocab))
-        if limited:
-            counts = sum(np.bincount(o, minlength=len(vocab)) for o in chunks(lut))
-            if eos is not None: counts[ids_of[eos]] = length  # is kept
-            if unk in ids_of: counts[ids_of[unk]] = 0
-            often = np.argsort(-counts, kind='stable')[:None if max_vocab is None else max_vocab-1]
-            kept = np.sort(often[counts[often] >= min_freq])
-            lut[:] = 0
-            lut[kept] = np.arange(1, len(kept)+1)
-            vocab = [unk] + [vocab[i] for i in kept]
-        lut, docs, js = lut.astype(_dtype(len(vocab))), np.array(starts, dtype=np.int64), hf and hf.to_str()
-        if path is not None: _commit(folder, chunks(lut), vocab, sep, js, docs)
-        else:
-            res = cls(torch.from_numpy(np.concatenate([*chunks(lut)], dtype=np.int64)), vocab, sep, docs)
-            res.tokenizer = js
-    return res if path is None else cls.open(path)
-
-# %% ../nbs/00a_stream.ipynb #6e9b5c73
-@patch(cls_method=True)
-@delegates(TokenStream.from_docs)
-def from_text(cls:TokenStream,
-    text:str, # All of it
-    **kwargs
-) -> TokenStream:
-    "A stream of one text; see `from_docs`"
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a string, got {repr(text)[:60]}; for files use from_files")
-    return cls.from_docs([text], **kwargs)
-
-# %% ../nbs/00a_stream.ipynb #362c4ae0
-@patch(cls_method=True)
-@delegates(TokenStream.from_docs)
-def from_files(cls:TokenStream,
-    paths, # A text file, a folder of them, or a list of both
-    suffix:str='.txt', # Which files below a folder, in sorted order
-    **kwargs
-) -> TokenStream:
-    """A stream of text files in UTF-8, each a document; see `from_docs`. '\\r\\n' becomes '\\n'.
-
-    Files are read and tokenized in blocks of about 1 MB, cut after a line or else before a space, so no word is cut.
-    (fastai's tokenizers look at whole documents; for them files are read whole.) Raises `ValueError` for an empty
-    file, for no file and, with the place, for bytes that are not UTF-8."""
-    files = _Files()
-    for p in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
-        files += sorted(o for o in p.rglob(f'*{suffix}') if o.is_file()) if p.is_dir() else [p]
-    if not files: raise ValueError(f"paths must be text files or folders with *{suffix} files, found none in {paths}")
-    for p in files:
-        if p.stat().st_size == 0: raise ValueError(f"{p} is empty; leave it out")
-    return cls.from_docs(files, **kwargs)
