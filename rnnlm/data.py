@@ -56,7 +56,7 @@ def most_common(
     vocab # Sequence of tokens
 ) -> tuple: # The token, and its share of `ids` (0 to 1): the accuracy of always predicting it
     "The most common token of `ids` and how large a share of them it makes up"
-    counts = torch.bincount(getattr(ids, 'ids', ids))
+    counts = torch.bincount(getattr(ids, 'ids', ids).long())
     return vocab[counts.argmax().item()], (counts.max()/counts.sum()).item()
 
 # %% ../nbs/00_data.ipynb #806c0e68
@@ -69,7 +69,7 @@ def lm_seqs(
 
     Raises `TypeError` or `ValueError` for an `sl` that is no whole number, below 1 or with no token left to
     predict, and for another `target`. Source: Howard & Gugger 2020, chapter 12."""
-    ids = torch.as_tensor(getattr(ids, 'ids', ids))
+    ids = torch.as_tensor(getattr(ids, 'ids', ids)).long()
     if ids.ndim != 1 or len(ids) < 2:
         raise ValueError(f"ids must be 1-D, with 2 tokens at least (x and its target), got shape {tuple(ids.shape)}")
     sl = check_int('sl', sl, len(ids)-1, f'the {len(ids)} tokens less one target')
@@ -125,6 +125,8 @@ class StreamDL(TfmdDL):
         device=None, # Where the batches go
         **kwargs # For fastai's `TfmdDL`, as `after_batch`
     ):
+        if not isinstance(stream, TokenStream):
+            raise TypeError(f"stream must be a TokenStream, got {type(stream).__name__}; make it one with its vocab")
         if kwargs.pop('shuffle', False): raise ValueError("shuffle must be False: a stream is read in order (try shift)")
         super().__init__(stream, bs=bs, num_workers=0, drop_last=drop_last, device=device, **kwargs)
         self.stride = sl if stride is None else stride
@@ -194,21 +196,21 @@ class StreamDL(TfmdDL):
     def _batches(self, start=0):
         "The batches of this epoch from number `start` on"
         x,y = self._lines()
-        all_targets = self.target == 'all'
-        ready = x.dtype == torch.long and (self.device is None or self.device.type == x.device.type == 'cpu')
+        all_targets,small = self.target == 'all',x.dtype != torch.long
+        moves = self.device is not None and self.device.type != x.device.type
         for a,b in zip(self.starts[start:], self.ends[start:]):
-            batch = x[:,a:b],(y[:,a:b] if all_targets else y[:,a:b][:,-1])
-            if self.doc_starts: batch = batch[0],self._doc_starts(a, batch[0].shape[1]),batch[1]
-            yield batch if ready else self._place(batch)
-        if self.tail: yield self._place(self._tail_batch())
+            xb,yb = x[:,a:b],(y[:,a:b] if all_targets else y[:,a:b][:,-1])
+            if small: xb,yb = xb.long(),yb.long()
+            batch = (xb,self._doc_starts(a, xb.shape[1]),yb) if self.doc_starts else (xb,yb)
+            yield self._move(batch) if moves or self.doc_starts else batch
+        if self.tail: yield self._move(self._tail_batch())
 
-    def _place(self, batch):
-        "`batch` as int64 (masks as they are) on the loader's device; to a GPU from pinned memory, without waiting"
-        def place(t):
-            if t.dtype != torch.bool: t = t.long()
+    def _move(self, batch):
+        "`batch` on the loader's device; to a GPU from pinned memory, without waiting"
+        def move(t):
             if self.device is None or t.device.type == self.device.type: return t
             return (t.pin_memory() if self.device.type == 'cuda' else t).to(self.device, non_blocking=True)
-        return tuple(map(place, batch))
+        return tuple(map(move, batch))
 
     def __iter__(self):
         start,self._resume = self._resume,0

@@ -255,6 +255,16 @@ def test_memory_of_writing(tmp_path):
     tokens, grown = map(float, run(code, tmp_path/'s').split())
     assert tokens > 3.9 and grown < 12  # their ids alone would take 16 MB, the strings 200
 
+# Batches of drawn lengths
+
+def test_same_draws_in_every_process(tmp_path):
+    TokenStream.from_tokens([f'w{i%90}' for i in range(20_000)]).save(tmp_path/'s')
+    code = ("import sys, torch; from rnnlm.data import StreamDL, TokenStream\n"
+            "torch.manual_seed(int(sys.argv[2])); dl = StreamDL(TokenStream.open(sys.argv[1]), 8, 35, sl_std=5, shift=50, verbose=False)\n"
+            "print([(x.shape[1], x[3,0].item()) for _ in range(3) for x,_ in dl])")
+    one,other = (run(code, tmp_path/'s', seed, PYTHONHASHSEED=str(seed)) for seed in (1,2))
+    assert one == other and len(set(eval(one))) > 20
+
 # Progress, imports
 
 def test_progress(tmp_path, capsys):
@@ -268,7 +278,7 @@ def test_progress(tmp_path, capsys):
     assert capsys.readouterr().out == ''
 
 def test_import_is_light():
-    assert run("import sys, rnnlm.stream\n"
+    assert run("import sys, rnnlm.text\n"
                "heavy = 'fastai', 'spacy', 'tokenizers'\n"
                "print(*[m for m in sys.modules if m.split('.')[0] in heavy or m == 'rnnlm.data'])") == '\n'
 
