@@ -7,12 +7,12 @@ __all__ = ['lm_loss', 'ForeachAdam', 'fused_adam', 'n_targets', 'TokenLoss', 'To
            'per_token', 'LeanLearner', 'rnn_learner']
 
 # %% ../nbs/02a_learner.ipynb #616af125
-import time
+import inspect, time
 from functools import partial
-import torch
+import numpy as np, torch
 import torch.nn.functional as F
-import fastai.callback.schedule  # gives `Learner` its fit_one_cycle and lr_find
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import ParamScheduler  # and so `Learner` has its fit_one_cycle and lr_find
 from fastai.learner import AvgLoss, AvgMetric, Learner, Recorder
 from fastai.metrics import Perplexity, accuracy, mk_metric
 from fastai.optimizer import Optimizer, OptimWrapper, debias
@@ -129,12 +129,24 @@ def per_token(
     return TokenAccuracy() if metric.func is accuracy else TokenMetric(metric.func)
 
 # %% ../nbs/02a_learner.ipynb #a6db2e04
+def _in_numbers(schedule):
+    "`schedule`, if it is a combined one of fastai's, with the same values to the last bit; any other as it is"
+    made_of = inspect.getclosurevars(schedule).nonlocals if inspect.isfunction(schedule) else {}
+    if {*made_of} != {'pcts', 'pct_lim', 'scheds'}: return schedule
+    edges,scheds = [*made_of['pcts'].numpy()],made_of['scheds']
+    def value(pos):
+        pos = np.float32(pos)
+        i = min(sum(pos >= o for o in edges), len(scheds)) - 1
+        return scheds[i](((pos-edges[i])/(edges[i+1]-edges[i])).item())
+    return value
+
+# %% ../nbs/02a_learner.ipynb #9194346a
 class _Recorder(Recorder):
     name = 'recorder'
     def before_fit(self):
         vars(self)['loss'] = TokenLoss()  # not by assignment: fastai would warn that a learner has a `loss` too
         super().before_fit()
-        self.smooth_loss.val = torch.zeros(())  # a plain tensor: fastai's own kind takes ten times as long to add
+        self.smooth_loss.val = torch.zeros(())  # a plain tensor: calls on a tensor of fastai's own kind take much longer
 
     def after_batch(self):
         learn = self.learn
@@ -161,12 +173,19 @@ class _Progress(ProgressCallback):
         self.drawn = now
         super().after_batch()
 
-# %% ../nbs/02a_learner.ipynb #1b540fc5
+# %% ../nbs/02a_learner.ipynb #00088da6
+class _Scheduler(ParamScheduler):
+    name = 'param_scheduler'
+    def before_fit(self):
+        super().before_fit()
+        self.scheds = {k: _in_numbers(f) for k,f in self.scheds.items()}
+
+# %% ../nbs/02a_learner.ipynb #399ca031
 class LeanLearner(Learner):
     """fastai's `Learner` with less to do around each batch, and losses and metrics that weigh every token alike.
 
     Its callbacks, methods and results are those of a `Learner`; on a CPU so are the weights, to the last bit."""
-    _lean = {Recorder: _Recorder, ProgressCallback: _Progress}
+    _lean = {Recorder: _Recorder, ProgressCallback: _Progress, ParamScheduler: _Scheduler}
     _handlers = None
 
     @property
