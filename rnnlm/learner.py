@@ -225,8 +225,10 @@ def rnn_learner(
     cbs=None, # More callbacks
     **kwargs
 ) -> Learner:
-    """A `Learner` for a language model, at the speed of the model, with the callbacks that `model` and `dls` need: `StateResetter` if the
-    model can forget, `LengthLR` if batch lengths are drawn."""
+    """A `Learner` for a language model, at the speed of the model.
+
+    Brings the callbacks that `model` and `dls` need, if they are not among `cbs`: `StateResetter` if the model can forget,
+    `LengthLR` if the lengths of the batches are drawn."""
     cbs = L(cbs)
     def lacks(kind): return not any(cb is kind or isinstance(cb, kind) for cb in cbs)
     if can_forget(model) and lacks(StateResetter): cbs.append(StateResetter())
