@@ -66,6 +66,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'rnnlm.learner.TokenMetric.accumulate': ('learner.html#tokenmetric.accumulate', 'rnnlm/learner.py'),
                                'rnnlm.learner.TokenPerplexity': ('learner.html#tokenperplexity', 'rnnlm/learner.py'),
                                'rnnlm.learner.TokenPerplexity.value': ('learner.html#tokenperplexity.value', 'rnnlm/learner.py'),
+                               'rnnlm.learner._CastToTensor': ('learner.html#_casttotensor', 'rnnlm/learner.py'),
+                               'rnnlm.learner._CastToTensor.before_batch': ('learner.html#_casttotensor.before_batch', 'rnnlm/learner.py'),
                                'rnnlm.learner._Progress': ('learner.html#_progress', 'rnnlm/learner.py'),
                                'rnnlm.learner._Progress.after_batch': ('learner.html#_progress.after_batch', 'rnnlm/learner.py'),
                                'rnnlm.learner._Recorder': ('learner.html#_recorder', 'rnnlm/learner.py'),

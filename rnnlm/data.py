@@ -216,7 +216,7 @@ class StreamDL(TfmdDL):
         start,self._resume = self._resume,0
         self.before_iter()
         tfms = self.after_batch if self.after_batch.fs else None
-        often = 1 + 2**23//(self.bs*self.stride*self.dataset.ids.element_size())  # every 8 MB, pages of a file are given back
+        often = 1 + 2**22//(self.bs*self.stride*self.dataset.ids.element_size())  # every 4 MB, pages of a file are given back
         for i,b in enumerate(self._batches(start), start+1):
             self.batch = i
             if i % often == 0: self.dataset.release()

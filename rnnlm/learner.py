@@ -13,7 +13,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler  # and so `Learner` has its fit_one_cycle and lr_find
-from fastai.learner import AvgLoss, AvgMetric, Learner, Recorder
+from fastai.learner import AvgLoss, AvgMetric, CastToTensor, Learner, Recorder
 from fastai.metrics import Perplexity, accuracy, mk_metric
 from fastai.optimizer import Optimizer, OptimWrapper, debias
 from fastcore.basics import groupby
@@ -48,15 +48,15 @@ class ForeachAdam(Optimizer):
 
     def step(self, closure=None):
         for group,hyper in zip(self.param_lists, self.hypers):
-            params = [p for p in group if p.grad is not None]
-            for p in params: self.state[p]['step'] = self.state[p].get('step', 0)+1
-            for step,same in groupby(params, lambda p: self.state[p]['step']).items(): self._step(same, step, **hyper)
+            with_grad = [(p,self.state[p]) for p in group if p.grad is not None]
+            for _,s in with_grad: s['step'] = s.get('step', 0)+1
+            for step,same in groupby(with_grad, lambda o: o[1]['step']).items(): self._step(*zip(*same), step, **hyper)
 
     @torch.no_grad()
-    def _step(self, params, step, lr, mom, sqr_mom, eps, wd, **kwargs):
-        states,grads = [self.state[p] for p in params],[p.grad for p in params]
+    def _step(self, params, states, step, lr, mom, sqr_mom, eps, wd, **kwargs):
         if step == 1:
             for p,s in zip(params, states): s.update(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p))
+        grads = [p.grad for p in params]
         avg,sqr = [s['grad_avg'] for s in states],[s['sqr_avg'] for s in states]
         decayed = [p for p,s in zip(params, states) if s.get('do_wd', True)]
         if wd != 0 and decayed: torch._foreach_mul_(decayed, 1-lr*wd)
@@ -165,6 +165,11 @@ class _Recorder(Recorder):
         self.losses = [o.cpu() for o in self.losses]
         super().after_train()
 
+class _CastToTensor(CastToTensor):
+    name = 'cast_to_tensor'
+    def before_batch(self):
+        if any(type(o) is not torch.Tensor for o in (*self.learn.xb, *self.learn.yb)): super().before_batch()
+
 class _Progress(ProgressCallback):
     name,drawn = 'progress',0
     def after_batch(self):
@@ -185,7 +190,7 @@ class LeanLearner(Learner):
     """fastai's `Learner` with less to do around each batch, and losses and metrics that weigh every token alike.
 
     Its callbacks, methods and results are those of a `Learner`; on a CPU so are the weights, to the last bit."""
-    _lean = {Recorder: _Recorder, ProgressCallback: _Progress, ParamScheduler: _Scheduler}
+    _lean = {CastToTensor: _CastToTensor, Recorder: _Recorder, ProgressCallback: _Progress, ParamScheduler: _Scheduler}
     _handlers = None
 
     @property
