@@ -107,6 +107,7 @@ class StreamDL(TfmdDL):
     `doc_starts` a batch is (x, starts, y), starts (bs, sl) true where a document begins. Padding (see `whole`) has the
     target -100, which `F.cross_entropy` leaves out. Raises `TypeError` or `ValueError` for arguments out of range."""
     n_inp = property(lambda self: 1+self.doc_starts)
+    _layout = 'bs sl target drop_last whole sl_std shift seed'.split()  # with `stride`, what decides where batches begin and end
 
     def __init__(self,
         stream:TokenStream, # The text
@@ -232,7 +233,7 @@ class StreamDL(TfmdDL):
 
     def new(self, dataset=None, cls=None, **kwargs):
         "A loader with the same arguments but for those given, at its first epoch's start; `shuffle` is let pass and ignored"
-        same = 'bs sl target drop_last whole sl_std shift doc_starts on_device seed device after_batch'.split()
+        same = [*self._layout, 'doc_starts', 'on_device', 'device', 'after_batch']
         args = {k: getattr(self, k) for k in same} | dict(stride=None if self.stride == self.sl else self.stride, verbose=False)
         return (cls or type(self))(self.dataset if dataset is None else dataset, **args | kwargs | dict(shuffle=False))
 
@@ -318,8 +319,7 @@ def _doc_starts(self:StreamDL, a, n):
 # %% ../nbs/00_data.ipynb #bff7aaae
 @patch
 def _made_for(self:StreamDL):
-    same = 'bs sl target stride drop_last whole sl_std shift seed'.split()
-    return {k: getattr(self, k) for k in same} | dict(corpus=self.dataset.fingerprint)
+    return {k: getattr(self, k) for k in [*self._layout, 'stride']} | dict(corpus=self.dataset.fingerprint)
 
 @patch
 def state_dict(self:StreamDL) -> dict:

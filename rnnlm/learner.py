@@ -8,7 +8,6 @@ __all__ = ['lm_loss', 'ForeachAdam', 'fused_adam', 'n_targets', 'TokenLoss', 'To
 
 # %% ../nbs/02a_learner.ipynb #616af125
 import inspect, time
-from functools import partial
 import numpy as np, torch
 import torch.nn.functional as F
 from fastai.callback.progress import ProgressCallback
@@ -162,8 +161,10 @@ class _Recorder(Recorder):
         self.lrs.append(learn.opt.hypers[-1]['lr'])
 
     def after_train(self):
-        self.losses = [o.cpu() for o in self.losses]
+        self._bring_losses()
         super().after_train()
+    def after_fit(self): self._bring_losses()  # a fit may end in the middle of its training, as that of `lr_find`
+    def _bring_losses(self): self.losses = [o.cpu() for o in self.losses]
 
 class _CastToTensor(CastToTensor):
     name = 'cast_to_tensor'
@@ -234,7 +235,7 @@ def rnn_learner(
 
     Brings the callbacks that `model` and `dls` need, if they are not among `cbs`: `StateResetter` if the model can forget,
     `LengthLR` if the lengths of the batches are drawn."""
-    cbs = L(cbs)
+    cbs = L([*L(cbs)])  # not the caller's own list
     def lacks(kind): return not any(cb is kind or isinstance(cb, kind) for cb in cbs)
     if can_forget(model) and lacks(StateResetter): cbs.append(StateResetter())
     if getattr(dls.train, 'sl_std', 0) and lacks(LengthLR): cbs.append(LengthLR())

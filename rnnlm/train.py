@@ -36,12 +36,13 @@ def numbers_learner(
     Raises `TypeError` or `ValueError` for a `bs` or `n_hidden` that is no whole number or out of range. Source of
     the recipe: Howard & Gugger 2020, chapter 12."""
     stream,sl = human_numbers_stream(),3
-    seqs = lm_seqs(stream, sl)
-    cut = int(len(seqs)*0.8)
-    bs = check_int('bs', bs, len(seqs)-cut, 'the number of validation samples')
+    n = (len(stream)-1)//sl  # samples
+    cut = int(n*0.8)
+    bs = check_int('bs', bs, n-cut, 'the number of validation samples')
     n_hidden = check_int('n_hidden', n_hidden)
     if issubclass(arch, Stateful): dls = stream.dataloaders(bs, sl, target='last', drop_last=True, verbose=False)
     else:
+        seqs = lm_seqs(stream, sl)
         dls = DataLoaders.from_dsets(seqs[:cut], seqs[cut:], bs=bs, shuffle=False, drop_last=False, num_workers=0)
         dls.vocab = stream.vocab
     set_seed(seed)

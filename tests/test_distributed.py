@@ -1,6 +1,6 @@
 "Two processes under DistributedDataParallel: one set of weights, and to each its own hidden state."
 from functools import partial
-import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
+import torch, torch.distributed as dist, torch.multiprocessing as mp
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner

@@ -142,7 +142,7 @@ def test_full_disk(tmp_path):
         try: out = run(full_disk, tmp_path)
         finally: subprocess.run(['umount', tmp_path], check=True)
     else:
-        mount = f'mount -t tmpfs -o size=1m tmpfs "$1" && exec "$0" -c "$2" "$1"'
+        mount = 'mount -t tmpfs -o size=1m tmpfs "$1" && exec "$0" -c "$2" "$1"'
         res = subprocess.run(['unshare', '-rm', 'sh', '-c', mount, sys.executable, tmp_path, full_disk],
                              capture_output=True, text=True)
         out = res.stdout if res.returncode == 0 else run(full_disk, tmp_path, 'limit')
