@@ -13,6 +13,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'rnnlm.bptt.TBPTT': ('bptt.html#tbptt', 'rnnlm/bptt.py'),
                             'rnnlm.bptt.TBPTT.__init__': ('bptt.html#tbptt.__init__', 'rnnlm/bptt.py'),
                             'rnnlm.bptt.TBPTT._check_window': ('bptt.html#tbptt._check_window', 'rnnlm/bptt.py'),
+                            'rnnlm.bptt.TBPTT.after_cancel_batch': ('bptt.html#tbptt.after_cancel_batch', 'rnnlm/bptt.py'),
                             'rnnlm.bptt.TBPTT.after_pred': ('bptt.html#tbptt.after_pred', 'rnnlm/bptt.py'),
                             'rnnlm.bptt.TBPTT.before_batch': ('bptt.html#tbptt.before_batch', 'rnnlm/bptt.py'),
                             'rnnlm.bptt.TBPTT.before_step': ('bptt.html#tbptt.before_step', 'rnnlm/bptt.py'),

@@ -18,6 +18,7 @@ from fastai.optimizer import Optimizer, OptimWrapper, debias
 from fastcore.basics import groupby
 from fastcore.foundation import L
 from fastcore.meta import delegates
+from .bptt import TBPTT
 from .callback import LengthLR, StateResetter, can_forget
 
 # %% ../nbs/02a_learner.ipynb #3ededd48
@@ -155,7 +156,7 @@ class _Recorder(Recorder):
         smooth,loss = self.smooth_loss,learn.loss.detach()
         if loss.ndim: loss = loss.mean()
         smooth.count += 1
-        smooth.val = torch.lerp(loss, smooth.val.to(loss.device), smooth.beta)
+        smooth.val = torch.lerp(loss, smooth.val.to(loss), smooth.beta)
         learn.smooth_loss = smooth.value
         self.losses.append(learn.smooth_loss)
         self.lrs.append(learn.opt.hypers[-1]['lr'])
@@ -234,9 +235,11 @@ def rnn_learner(
     """A `Learner` for a language model, at the speed of the model.
 
     Brings the callbacks that `model` and `dls` need, if they are not among `cbs`: `StateResetter` if the model can forget,
-    `LengthLR` if the lengths of the batches are drawn."""
+    `LengthLR` if the lengths of the batches are drawn, `TBPTT` if the batches overlap and the model can forget."""
     cbs = L([*L(cbs)])  # not the caller's own list
     def lacks(kind): return not any(cb is kind or isinstance(cb, kind) for cb in cbs)
     if can_forget(model) and lacks(StateResetter): cbs.append(StateResetter())
     if getattr(dls.train, 'sl_std', 0) and lacks(LengthLR): cbs.append(LengthLR())
+    stride,sl = (getattr(dls.train, o, None) for o in ('stride', 'sl'))
+    if stride != sl and can_forget(model) and lacks(TBPTT): cbs.append(TBPTT(stride, sl))
     return LeanLearner(dls, model, loss_func=loss_func, opt_func=opt_func, cbs=cbs, **kwargs)
