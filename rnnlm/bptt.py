@@ -41,7 +41,6 @@ class TBPTT(Callback):
         if isinstance(self.dl, StreamDL):
             check_int('k2', self.k2, _line(self.dl), 'the tokens of a line')
             self._check_window(self.dl.sl, self.dl.stride)
-        elif self.k1 < self.k2: self._check_window('its own', 'none')
 
     def _check_window(self, sl, stride):
         if (sl, stride) != (self.k2, self.k1):
