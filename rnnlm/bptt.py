@@ -37,7 +37,7 @@ class TBPTT(Callback):
         if graded not in ('all', 'new'): raise ValueError(f"graded must be 'all' or 'new', got {graded!r}")
 
     def before_train(self):
-        _stateful(self.model, type(self).__name__)
+        self.stateful,self.params = _stateful(self.model, type(self).__name__),dict(self.model.named_parameters())
         if isinstance(self.dl, StreamDL):
             check_int('k2', self.k2, _line(self.dl), 'the tokens of a line')
             self._check_window(self.dl.sl, self.dl.stride)
@@ -48,20 +48,21 @@ class TBPTT(Callback):
                              f"has sl={sl} and stride={stride}: make it a StreamDL with sl={self.k2}, stride={self.k1}")
 
     def before_batch(self):
-        model,n = _stateful(self.model, type(self).__name__),self.xb[0].shape[1]
-        if self.iter == 0 and not isinstance(self.dl, StreamDL): self._check_window(n, n)
-        if self.k1 < self.k2: model.carry_at = self.k1
-        read_before = self.graded == 'new' and model.state is not None and self.yb[0].ndim > 1
-        self.old = self.k2-self.k1 if read_before else 0  # outputs at the window's start that were graded before
-        if self.old: self.learn.yb = (self.yb[0][:,self.old:],)
+        learn,model,self.old = self.learn,self.stateful,0
+        if learn.iter == 0 and not isinstance(learn.dl, StreamDL): self._check_window(*[learn.xb[0].shape[1]]*2)
+        if self.k1 == self.k2: return
+        model.carry_at = self.k1
+        if self.graded == 'new' and model.state is not None and learn.yb[0].ndim > 1:
+            self.old = self.k2-self.k1  # outputs at the window's start that were graded before
+            learn.yb = (learn.yb[0][:,self.old:],)
     def after_pred(self):
-        if self.old: self.learn.pred = self.pred[:,self.old:]
+        if self.old: self.learn.pred = self.learn.pred[:,self.old:]
 
-    def after_cancel_batch(self): _stateful(self.model, type(self).__name__).carry_at = None
+    def after_cancel_batch(self): self.stateful.carry_at = None
 
     def before_step(self):
-        if torch.stack(torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])).isfinite().all(): return
-        bad = [n for n,p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        if torch.stack(torch._foreach_norm([p.grad for p in self.params.values() if p.grad is not None])).isfinite().all(): return
+        bad = [n for n,p in self.params.items() if p.grad is not None and not p.grad.isfinite().all()]
         if not bad: return  # large, but finite
         self.opt.zero_grad()
         raise FloatingPointError(f"the gradient of {', '.join(bad)} is not finite at step {self.train_iter+1} of the training (epoch {self.epoch}, "
