@@ -48,7 +48,8 @@ def _node(ax, x, y, text, shape='round'):
 def _below(ax, handles):
     "A legend below the axes, in as many columns as there is room for"
     room = 13*ax.get_window_extent().width/ax.figure.dpi  # in characters
-    ncols = max(1, min(len(handles), int(room/(4+max(len(h.get_label()) for h in handles)))))
+    widths = [6+len(h.get_label()) for h in handles]
+    ncols = len(handles) if sum(widths) <= room else max(1, int(room/max(widths)))
     ax.legend(handles=handles, loc='upper center', bbox_to_anchor=(.5, 0), ncols=ncols, frameon=False, fontsize=9)
 
 # %% ../nbs/05a_draw.ipynb #da000010
@@ -140,7 +141,7 @@ def plot_unrolled(
     n_batches = check_int('n_batches', n_batches, (len(stream)-1)//sl, f'the batches of {sl} tokens in the stream')
     words,ys,n,remembers = _tokens(stream, sl*n_batches+1),net.heights,sl*n_batches,can_forget(model)
     ends = range(n) if _answers_all(model, stream) else range(sl-1, n, sl)
-    ax = _new_axes(ax, max(6, .75*(n+n_batches)+.5), 1.05*ys[-1]+1.7+.25*len(ys))
+    ax = _new_axes(ax, max(5, .75*(n+n_batches)+.5), 1.05*ys[-1]+1.5+.25*len(ys)+.2*(n_batches > 1))
     place,back = lambda t: t + t//sl, dict(ls='--', lw=1.6)
     for t in range(n):
         x,first = place(t),t%sl == 0
@@ -162,7 +163,7 @@ def plot_unrolled(
     if remembers and n_batches > 1:
         extra.append(Line2D([], [], color=_BACK, marker='|', ls='', ms=12, mew=3, label='detach: no gradient'))
     _below(ax, net.handles()+extra)
-    ax.set(xlim=(-1.4, place(n-1)+.6), ylim=(-.4, ys[-1]+1.95)); ax.axis('off')
+    ax.set(xlim=(-1.4, place(n-1)+.6), ylim=(-.4, ys[-1]+1.65+.3*(n_batches > 1))); ax.axis('off')
     return ax
 
 # %% ../nbs/05a_draw.ipynb #da000028
@@ -200,7 +201,7 @@ def plot_windows(
                 Line2D([], [], color=_BACK, marker='|', ls='', ms=12, mew=3, label='cut'),
                 Line2D([], [], color=_OUT, marker='s', ls='', label='graded, new'), Line2D([], [], color=old_color, marker='s', ls='', label='graded again')
                ][:5 if graded == 'all' and k1 < k2 else 4])
-    ax.set(xlim=(-.8, n_tokens+.7), ylim=(-1.5*len(starts)+.8, 1.8)); ax.axis('off')
+    ax.set(xlim=(-.8, n_tokens+.7), ylim=(-1.5*len(starts)+.8, 1.7)); ax.axis('off')
     return ax
 
 # %% ../nbs/05a_draw.ipynb #da000034
@@ -249,7 +250,7 @@ class _Book:
             lines = textwrap.wrap(self.text.decode(self.text.ids[k*self.sl:(k+1)*self.sl]), max(int(w*.95), 8))
             write(x+.6, y+.08, k, size=7, va='top')
             write(x+w/2, y+h*.58, '\n'.join(lines[:2]).replace('$', r'\$')+'…'*(len(lines) > 2), size=9, ha='center', va='center')
-        elif w > .9*len(str(k)): write(x+w/2, y+h/2, k, size=9 if words else 8, ha='center', va='center')
+        elif (size := min(9 if words else 8, 8*w/len(str(k)))) > 5: write(x+w/2, y+h/2, k, size=size, ha='center', va='center')
 
     def draw(self, ax, cut=1, move=1, read=None):
         "The line of pages, `cut` so far; copies of its stretches, on the `move` to their rows; and as many batches as were `read` (None: all)"
