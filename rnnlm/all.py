@@ -6,3 +6,5 @@ from rnnlm.callback import *
 from rnnlm.bptt import *
 from rnnlm.learner import *
 from rnnlm.train import *
+from rnnlm.draw import *
+from rnnlm.plot import *

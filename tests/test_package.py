@@ -48,5 +48,6 @@ def test_models_import_is_light():
     assert 'fastai.text.core' in run(f'import sys, fastai.text.all; {show}')[0].split()  # what it would show
 
 def test_all_brings_the_public_names():
-    names = 'human_numbers TokenStream lm_seqs group_chunks LMModel2 LMModel3 RNNLM StateResetter TBPTT BPT3C grad_horizon numbers_learner demo'
+    names = ('human_numbers TokenStream lm_seqs group_chunks LMModel2 LMModel3 RNNLM StateResetter TBPTT BPT3C grad_horizon numbers_learner demo '
+             'plot_loop plot_unrolled plot_windows plot_chunks animate_chunks plot_state color_text sort_units plot_loss_text plot_horizon plot_run')
     run(f'from rnnlm.all import *; {names.replace(" ", ", ")}')
