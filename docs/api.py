@@ -1,30 +1,34 @@
 "The API on the site: an entry for each name, the page that lists them, and the source they link to"
 import inspect, re
+from importlib import import_module
+from operator import attrgetter
 from fastcore.docments import DocmentTbl, MarkdownRenderer
 from nbdev.doclinks import NbdevLookup
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-class Entry(MarkdownRenderer):
-    "What nbdev's `show_doc` shows: a heading to link to, the source, the signature, the docstring, the table of parameters"
-    entries = {}  # label -> (module, name, summary), in the order in which they were shown
-    def _repr_markdown_(self):
-        module,line = re.search(r'(\w+)\.py#L(\d+)', NbdevLookup().code(self.fn)).groups()
-        label,docs = self.nm.lower(),self.docs or ''
-        self.entries[label] = module,self.nm,docs.split('\n')[0]
-        table = str(DocmentTbl(self.sym))
-        for o in self.dm.dm.values(): o['docment'] = None  # they are in the table
-        signature = re.sub('^def', 'class', str(self.dm)) if inspect.isclass(self.sym) else str(self.dm)
-        source = f'<a class="source-link" href="source/{module}.html#L-{line}" aria-label="Source of {self.nm}">source</a>'
-        return f'({label})=\n{"#"*self.title_level} {self.nm}\n\n{source}\n\n```python\n{signature}\n```\n\n{docs}\n\n{table}'
+entries = {}  # label -> (module, name, summary), in the order in which they are shown
+
+def entry(name):
+    "What nbdev's `show_doc(name)` shows, as Markdown: a heading to link to, the source, the signature, the docstring, the table of parameters"
+    lookup = NbdevLookup()
+    path = lookup[name][1]  # 'rnnlm/data.py'
+    module,label = path.removesuffix('.py').replace('/', '.'),name.lower()
+    doc = MarkdownRenderer(attrgetter(name)(import_module(module)), name=name)
+    entries[label] = module,name,doc.docs.split('\n')[0]
+    table = str(DocmentTbl(doc.sym))
+    for o in doc.dm.dm.values(): o['docment'] = None  # they are in the table
+    signature = re.sub('^def', 'class', str(doc.dm)) if inspect.isclass(doc.sym) else str(doc.dm)
+    source = f'<a class="source-link" href="source/{module}.html#L-{lookup.code(name).rpartition("#L")[2]}" aria-label="Source of {name}">source</a>'
+    return f'({label})=\n### {name}\n\n{source}\n\n```python\n{signature}\n```\n\n' + lookup.linkify(f'{doc.docs}\n\n{table}')
 
 def local_links(text):
     "`text` with nbdev's links to this library turned to the entries of the names, or of their classes"
     def link(m):
         label = m[2]
-        while label not in Entry.entries and '.' in label: label = label.rpartition('.')[0]
-        return f'[{m[1]}](#{label})' if label in Entry.entries else m[1]
+        while label not in entries and '.' in label: label = label.rpartition('.')[0]
+        return f'[{m[1]}](#{label})' if label in entries else m[1]
     return re.sub(r'\[(`[^`]+`)\]\(/\w+\.html#([\w.]+)\)', link, text)
 
 def notebook(module):
@@ -38,7 +42,7 @@ def source_pages(lib, dest):
     for module in sorted(lib.glob('*.py')):
         if not notebook(module): continue
         html = highlight(module.read_text(encoding='utf-8'), PythonLexer(), HtmlFormatter(linespans='L', cssclass='highlight source'))
-        (dest/f'{module.stem}.md').write_text(
+        (dest/f'rnnlm.{module.stem}.md').write_text(
             f'---\norphan: true\n---\n# Source of rnnlm.{module.stem}\n\nExported from [its notebook](../{notebook(module)}).\n\n'
             f'``````{{raw}} html\n{html}\n``````\n', encoding='utf-8')
 
@@ -46,10 +50,11 @@ def api_page(proc, lib, top):
     "Write the list of all entries by module; returns its description"
     description = 'Every public name of rnnlm by module, with what it does in a line.'
     text = f'---\nmyst: {{html_meta: {{description: "{description}"}}}}\n---\n' + top('API', description)
-    modules = dict.fromkeys(m for m,*_ in Entry.entries.values())
+    modules = dict.fromkeys(m for m,*_ in entries.values())
     for module in modules:
-        text += f'\n## rnnlm.{module}\n\nExplained in [its notebook]({notebook(lib/f"{module}.py")}).\n\n| Name | What it is |\n|---|---|\n'
-        for label,(m,name,summary) in Entry.entries.items():
+        nb = notebook(lib.parent/f'{module.replace(".", "/")}.py')
+        text += f'\n## {module}\n\nExplained in [its notebook]({nb}).\n\n| Name | What it is |\n|---|---|\n'
+        for label,(m,name,summary) in entries.items():
             if m == module: text += f'| [`{name}`](#{label}) | ' + local_links(NbdevLookup().linkify(summary)).replace('|', r'\|') + ' |\n'
     (proc/'api.md').write_text(text, encoding='utf-8')
     return description

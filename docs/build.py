@@ -4,11 +4,11 @@ from configparser import ConfigParser
 from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import urljoin
-import nbdev.showdoc, nbformat, yaml
+import nbformat, yaml
 from nbdev.serve import proc_nbs
 from sphinx.cmd.build import main as sphinx
 from docs import base_url, repo
-from docs.api import Entry, api_page, local_links, source_pages
+from docs.api import api_page, entry, local_links, source_pages
 
 root = Path(__file__).parent.parent
 nbs,proc,site = root/'nbs',root/'_proc',root/'_docs'
@@ -51,29 +51,31 @@ def prepare_code(c):
             html = re.sub(r'<link[^>]*href="https?://[^>]*>', '', o.data['text/html'])   # matplotlib's animations ask for a style sheet
             o.data['text/html'] = re.sub(r'<img (?![^>]*alt=)', f'<img alt="{alt}" ', html) if alt else html
 
-def prepare(path, page):
-    "Make the notebook that nbdev has processed at `path` one that Sphinx can read; returns its title and description"
-    nb = nbformat.read(path, as_version=4)
+def show_names(nb):
+    "The `show_doc(name)` that nbdev puts after each exported definition, as the entry of the name"
+    for c in nb.cells:
+        m = re.search(r'^show_doc\(([\w.]+)\)', c.source, re.M)
+        if m and c.cell_type == 'code':
+            c.cell_type,c.source = 'markdown',entry(m[1])
+            del c['outputs'], c['execution_count']
+
+def prepare(nb, page):
+    "Make a notebook that nbdev has processed one that Sphinx can read; returns its title and description"
     for c in nb.cells:
         if c.cell_type == 'raw':  # nbdev's, of the notebook's first lines
             front = next(yaml.safe_load_all(c.source))
             c.cell_type,c.source = 'markdown',top(front['title'], front['description'], page)
-        elif 'show_doc(' in c.source:
-            c.cell_type,c.source = 'markdown',''.join(o.data['text/markdown'] for o in c.outputs)
-            del c['outputs'], c['execution_count']
         if c.cell_type == 'code': prepare_code(c)
         else: c.source = local_links(c.source)
     description = re.sub(r'[`*]', '', front['description'])
-    nb.metadata = {'language_info': {'name': 'python', 'pygments_lexer': 'python'}, 'myst': {'html_meta': {'description': description}}}
-    nbformat.write(nb, path)
+    nb.metadata = nbformat.from_dict({'language_info': {'name': 'python', 'pygments_lexer': 'python'},
+                                      'myst': {'html_meta': {'description': description}}})
     return front['title'],description
 
-def add_toctree(path, contents):
-    "Put the sidebar's contents at the end of the home page"
-    nb = nbformat.read(path, as_version=4)
+def toctree(contents):
+    "The sidebar, a hidden cell at the end of the home page"
     toc = [TOCTREE % ('Start', 'Home <self>')] + [TOCTREE % (k, '\n'.join(v)) for k,v in contents.items() if v]
-    nb.cells.append(nbformat.v4.new_markdown_cell('\n\n'.join(toc)))
-    nbformat.write(nb, path)
+    return nbformat.v4.new_markdown_cell('\n\n'.join(toc))
 
 def download(page):
     "Copy the notebook of `page` to the site with a first cell that installs what it needs"
@@ -103,14 +105,15 @@ def main():
     "Process, prepare, render; returns Sphinx's exit code, not 0 on any warning"
     for d in proc,site: shutil.rmtree(d, ignore_errors=True)
     if not repo: print('GITHUB_REPOSITORY=owner/name is not set: no links to Colab, no sitemap')
-    nbdev.showdoc.BasicMarkdownRenderer = Entry
     proc_nbs(str(nbs), n_workers=0)
-    notebooks = {str(p.relative_to(proc).with_suffix('')): p for p in sorted(proc.rglob('*.ipynb'))}
-    about = {page: prepare(path, page) for page,path in notebooks.items()}
+    notebooks = {str(p.relative_to(proc).with_suffix('')): nbformat.read(p, as_version=4) for p in sorted(proc.rglob('*.ipynb'))}
+    for nb in notebooks.values(): show_names(nb)
+    about = {page: prepare(nb, page) for page,nb in notebooks.items()}
     about['api'] = 'API',api_page(proc, root/'rnnlm', top)
     source_pages(root/'rnnlm', proc/'source')
     contents = sections([p for p in about if p != 'index'])
-    add_toctree(notebooks['index'], contents)
+    notebooks['index'].cells.append(toctree(contents))
+    for page,nb in notebooks.items(): nbformat.write(nb, proc/f'{page}.ipynb')
     failed = sphinx(['-q', '-W', '--keep-going', '-c', str(root/'docs'), '-d', str(proc/'.doctrees'), str(proc), str(site)])
     for page in notebooks: download(page)
     llms_txt(contents, about)
