@@ -19,6 +19,7 @@ html_theme_options = {
     'pygments_light_style': 'a11y-high-contrast-light', 'pygments_dark_style': 'a11y-high-contrast-dark',
     'footer_content_items': '',
 }
+html_context = {'default_mode': 'auto'}
 html_title = 'rnnlm'
 html_favicon = '_static/icon.svg'
 html_static_path = ['_static']
