@@ -15,21 +15,28 @@ def entry(name):
     lookup = NbdevLookup()
     path = lookup[name][1]  # 'rnnlm/data.py'
     module,label = path.removesuffix('.py').replace('/', '.'),name.lower()
-    doc = MarkdownRenderer(attrgetter(name)(import_module(module)), name=name)
+    doc = MarkdownRenderer(attrgetter(name)(import_module(module)), name=name, maxline=72)
     entries[label] = module,name,doc.docs.split('\n')[0]
     table = str(DocmentTbl(doc.sym))
     for o in doc.dm.dm.values(): o['docment'] = None  # they are in the table
-    signature = re.sub('^def', 'class', str(doc.dm)) if inspect.isclass(doc.sym) else str(doc.dm)
+    signature = re.sub(r'\brnnlm\.\w+\.|:NoneType(?==)', '', str(doc.dm))
+    if inspect.isclass(doc.sym): signature = signature.replace('def', 'class', 1)
     source = f'<a class="source-link" href="source/{module}.html#L-{lookup.code(name).rpartition("#L")[2]}" aria-label="Source of {name}">source</a>'
-    return f'({label})=\n### {name}\n\n{source}\n\n```python\n{signature}\n```\n\n' + lookup.linkify(f'{doc.docs}\n\n{table}')
+    return f'({label})=\n### {name}\n\n{source}\n\n```python\n{signature}\n```\n\n{doc.docs}\n\n{table}'
 
-def local_links(text):
-    "`text` with nbdev's links to this library turned to the entries of the names, or of their classes"
-    def link(m):
+def link_names(text):
+    "`text` with each name in backticks a link: to its entry, or its class's, or to the docs of fastai and fastcore; what is a link already stays"
+    kept = []
+    def keep(m):
+        kept.append(m[0])
+        return f'\0{len(kept)-1}\0'
+    def local(m):
         label = m[2]
         while label not in entries and '.' in label: label = label.rpartition('.')[0]
         return f'[{m[1]}](#{label})' if label in entries else m[1]
-    return re.sub(r'\[(`[^`]+`)\]\(/\w+\.html#([\w.]+)\)', link, text)
+    text = NbdevLookup().linkify(re.sub(r'\[[^\]]*\]\([^)]*\)', keep, text))
+    text = re.sub(r'\[(`[^`]+`)\]\(/\w+\.html#([\w.]+)\)', local, text)  # nbdev's links to this library
+    return re.sub('\0(\\d+)\0', lambda m: kept[int(m[1])], text)
 
 def notebook(module):
     "The notebook (its path from nbs/) that the file `module` is exported from, or None"
@@ -49,12 +56,12 @@ def source_pages(lib, dest):
 def api_page(proc, lib, top):
     "Write the list of all entries by module; returns its description"
     description = 'Every public name of rnnlm by module, with what it does in a line.'
-    text = f'---\nmyst: {{html_meta: {{description: "{description}"}}}}\n---\n' + top('API', description)
+    text = f'---\nmyst: {{html_meta: {{description: "{description}"}}}}\n---\n' + top('Names by module', description)
     modules = dict.fromkeys(m for m,*_ in entries.values())
     for module in modules:
         nb = notebook(lib.parent/f'{module.replace(".", "/")}.py')
         text += f'\n## {module}\n\nExplained in [its notebook]({nb}).\n\n| Name | What it is |\n|---|---|\n'
         for label,(m,name,summary) in entries.items():
-            if m == module: text += f'| [`{name}`](#{label}) | ' + local_links(NbdevLookup().linkify(summary)).replace('|', r'\|') + ' |\n'
+            if m == module: text += f'| [`{name}`](#{label}) | ' + link_names(summary).replace('|', r'\|') + ' |\n'
     (proc/'api.md').write_text(text, encoding='utf-8')
     return description

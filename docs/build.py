@@ -8,7 +8,7 @@ import nbformat, yaml
 from nbdev.serve import proc_nbs
 from sphinx.cmd.build import main as sphinx
 from docs import base_url, repo
-from docs.api import api_page, entry, local_links, source_pages
+from docs.api import api_page, entry, link_names, source_pages
 
 root = Path(__file__).parent.parent
 nbs,proc,site = root/'nbs',root/'_proc',root/'_docs'
@@ -66,7 +66,7 @@ def prepare(nb, page):
             front = next(yaml.safe_load_all(c.source))
             c.cell_type,c.source = 'markdown',top(front['title'], front['description'], page)
         if c.cell_type == 'code': prepare_code(c)
-        else: c.source = local_links(c.source)
+        else: c.source = link_names(c.source)
     description = re.sub(r'[`*]', '', front['description'])
     nb.metadata = nbformat.from_dict({'language_info': {'name': 'python', 'pygments_lexer': 'python'},
                                       'myst': {'html_meta': {'description': description}}})
@@ -109,7 +109,7 @@ def main():
     notebooks = {str(p.relative_to(proc).with_suffix('')): nbformat.read(p, as_version=4) for p in sorted(proc.rglob('*.ipynb'))}
     for nb in notebooks.values(): show_names(nb)
     about = {page: prepare(nb, page) for page,nb in notebooks.items()}
-    about['api'] = 'API',api_page(proc, root/'rnnlm', top)
+    about['api'] = 'Names by module',api_page(proc, root/'rnnlm', top)
     source_pages(root/'rnnlm', proc/'source')
     contents = sections([p for p in about if p != 'index'])
     notebooks['index'].cells.append(toctree(contents))

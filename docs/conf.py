@@ -17,7 +17,7 @@ html_theme_options = {
     'search_bar_text': 'Search', 'toc_title': 'On this page',
     'use_download_button': False, 'use_fullscreen_button': False,
     'pygments_light_style': 'a11y-high-contrast-light', 'pygments_dark_style': 'a11y-high-contrast-dark',
-    'footer_content_items': '',
+    'footer_content_items': '', 'navbar_persistent': [],
 }
 html_context = {'default_mode': 'auto'}
 html_title = 'rnnlm'
