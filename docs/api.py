@@ -60,8 +60,8 @@ def api_page(proc, lib, top):
     modules = dict.fromkeys(m for m,*_ in entries.values())
     for module in modules:
         nb = notebook(lib.parent/f'{module.replace(".", "/")}.py')
-        text += f'\n## {module}\n\nExplained in [its notebook]({nb}).\n\n| Name | What it is |\n|---|---|\n'
+        text += f'\n## {module}\n\nExplained in [its notebook]({nb}).\n'
         for label,(m,name,summary) in entries.items():
-            if m == module: text += f'| [`{name}`](#{label}) | ' + link_names(summary).replace('|', r'\|') + ' |\n'
+            if m == module: text += f'\n[`{name}`](#{label})\n: {link_names(summary)}\n'
     (proc/'api.md').write_text(text, encoding='utf-8')
     return description

@@ -9,7 +9,7 @@ version = release = installed('rnnlm')
 language = 'en'
 extensions = ['myst_nb', 'notfound.extension', 'sphinx.ext.githubpages'] + (['sphinx_sitemap'] if base_url else [])
 nb_execution_mode = 'off'  # the notebooks come executed
-myst_enable_extensions = ['dollarmath', 'attrs_block']
+myst_enable_extensions = ['dollarmath', 'attrs_block', 'deflist']
 myst_heading_anchors = 3
 html_theme = 'sphinx_book_theme'
 html_theme_options = {

@@ -141,7 +141,7 @@ def test_notebooks_can_be_had(pages, site):
 def test_api_lists_every_public_name(pages):
     "With its summary; and each entry has its signature and its source"
     import rnnlm.all
-    rows = {r.code.text: r.find_all('td')[1].text for r in pages['api.html'].select('main table tbody tr')}
+    rows = {o.code.text: o.find_next('dd').text for o in pages['api.html'].select('main dt')}
     public = {n for n,o in vars(rnnlm.all).items() if getattr(o, '__module__', '').startswith('rnnlm.') and n[0] != '_'}
     assert public and not public - {*rows}
     assert not [k for k,v in rows.items() if not v.strip()]
