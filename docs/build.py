@@ -1,49 +1,125 @@
 "Build the site from the notebooks into _docs: `python -m docs.build`"
 import re, shutil, sys
+from configparser import ConfigParser
+from fnmatch import fnmatch
 from pathlib import Path
-import nbformat
+from urllib.parse import urljoin
+import nbformat, yaml
 from nbdev.serve import proc_nbs
 from sphinx.cmd.build import main as sphinx
+from docs import base_url, repo
+from docs.api import api_page, entry, link_names, source_pages
 
 root = Path(__file__).parent.parent
-proc,site = root/'_proc',root/'_docs'
-TOCTREE = '```{toctree}\n:hidden:\n\n%s\n```'
+nbs,proc,site = root/'nbs',root/'_proc',root/'_docs'
+SECTIONS = {  # the sidebar: each caption with the pages under it, sorted by their names
+    'The ladder of ideas': '0[0-5]_*',
+    'Library': '0?[a-z]_* 06_*',
+    'API': 'api',
+    'Tutorials': 'tutorials/*',
+    'Benchmarks': 'benchmarks/*',
+}
+TOCTREE = '```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```'
 
-def front_matter(cell):
-    "The raw cell that nbdev makes of a notebook's first lines, as a heading and a description"
-    field = dict(re.findall(r'^(\w+): (.*(?:\n  .*)*)', cell.source, re.M))
-    cell.source = '# {title}\n\n> {description}'.format(**{k: ' '.join(v.split()).strip("'") for k,v in field.items()})
-    cell.cell_type = 'markdown'
+def sections(pages):
+    "{caption: its pages in reading order}; each page stands in one section"
+    res = {caption: [p for p in pages if any(fnmatch(p, o) for o in globs.split())] for caption,globs in SECTIONS.items()}
+    for p in pages:
+        if sum(p in o for o in res.values()) != 1: raise ValueError(f"{p} must be in one section of the site, see SECTIONS in docs/build.py")
+    return res
 
-def api_entry(cell):
-    "The output of nbdev's `show_doc` as a page's own text, with a label to link to; Sphinx has no use for its source link"
-    text = ''.join(o.data['text/markdown'] for o in cell.outputs)
-    text = re.sub(r'^---\n\n\[source\].*\n', '', text)
-    cell.source = re.sub(r'^(###+ )([\w.]+)$', lambda m: f'({m[2].lower()})=\n{m[0]}', text, count=1, flags=re.M)
-    cell.cell_type = 'markdown'
-    del cell['outputs'], cell['execution_count']
+def links(page):
+    "Where to get the notebook of `page` and where to run it, as buttons"
+    res = [f'<a href="{"../"*page.count("/")}notebooks/{page}.ipynb" download>Download notebook</a>']
+    if repo: res.insert(0, f'<a href="https://colab.research.google.com/github/{repo}/blob/gh-pages/notebooks/{page}.ipynb">Open in Colab</a>')
+    return f'<p class="notebook-links">{" ".join(res)}</p>'
 
-def prepare(path, pages):
-    "Make the notebook that nbdev has processed at `path` one that Sphinx can read"
-    nb = nbformat.read(path, as_version=4)
-    nb.metadata.language_info = {'name': 'python', 'pygments_lexer': 'python'}
+def top(title, description, page=None):
+    "The first lines of a page"
+    return f'# {title}\n\n{{.lead}}\n{description}\n\n' + (links(page) if page else '')
+
+def prepare_code(c, page):
+    "What the `#|` lines of a code cell say becomes what MyST-NB understands; of the outputs, what a page can show"
+    says = dict(re.findall(r'^#\|\s*([\w-]+):\s*(.*)', c.source, re.M))
+    c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+    if says.get('echo') == 'false' or not c.source.strip(): c.metadata.tags = ['remove-input']
+    lines = c.source.splitlines()
+    if page != 'index' and lines and all(o.startswith(('from ', 'import ')) for o in lines):
+        c.metadata.update(tags=['hide-input'], mystnb={'code_prompt_show': 'Show the imports', 'code_prompt_hide': 'Hide the imports'})
+    alt = says.get('fig-alt', '').strip('"')
+    if alt: c.metadata.mystnb = {'image': {'alt': alt}}
+    c.outputs = [o for o in c.outputs if not o.get('data', {}).get('text/html', '').lstrip().startswith('<style>\n    progress')]
+    for o in c.outputs:
+        if 'text/html' in o.get('data', {}):
+            html = re.sub(r'<link[^>]*href="https?://[^>]*>', '', o.data['text/html'])   # matplotlib's animations ask for a style sheet
+            o.data['text/html'] = re.sub(r'<img (?![^>]*alt=)', f'<img alt="{alt}" ', html) if alt else html
+
+def show_names(nb):
+    "The `show_doc(name)` that nbdev puts after each exported definition, as the entry of the name"
     for c in nb.cells:
-        if c.cell_type == 'raw': front_matter(c)
-        elif 'show_doc(' in c.source: api_entry(c)
-        elif c.source.startswith('#| echo: false'): c.metadata.tags = ['remove-input']
-        if c.cell_type == 'code': c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
-        else: c.source = re.sub(r'\]\(/\w+\.html#([\w.]+)\)', r'](#\1)', c.source)  # nbdev's links, to our labels
-    if path.stem == 'index': nb.cells.append(nbformat.v4.new_markdown_cell(TOCTREE % '\n'.join(pages)))
-    nbformat.write(nb, path)
+        m = re.search(r'^show_doc\(([\w.]+)\)', c.source, re.M)
+        if m and c.cell_type == 'code':
+            c.cell_type,c.source = 'markdown',entry(m[1])
+            del c['outputs'], c['execution_count']
+
+def prepare(nb, page):
+    "Make a notebook that nbdev has processed one that Sphinx can read; returns its title and description"
+    for c in nb.cells:
+        if c.cell_type == 'raw':  # nbdev's, of the notebook's first lines
+            front = next(yaml.safe_load_all(c.source))
+            c.cell_type,c.source = 'markdown',top(front['title'], front['description'], page)
+        if c.cell_type == 'code': prepare_code(c, page)
+        else: c.source = link_names(c.source)
+    description = re.sub(r'[`*]', '', front['description'])
+    nb.metadata = nbformat.from_dict({'language_info': {'name': 'python', 'pygments_lexer': 'python'},
+                                      'myst': {'html_meta': {'description': description}}})
+    return front['title'],description
+
+def toctree(contents):
+    "The sidebar, a hidden cell at the end of the home page"
+    toc = [TOCTREE % ('Start', 'Home <self>')] + [TOCTREE % (k, '\n'.join(v)) for k,v in contents.items() if v]
+    return nbformat.v4.new_markdown_cell('\n\n'.join(toc))
+
+def download(page):
+    "Copy the notebook of `page` to the site with a first cell that installs what it needs"
+    nb = nbformat.read(nbs/f'{page}.ipynb', as_version=4)
+    config = ConfigParser(delimiters=['='], interpolation=None)
+    config.read(root/'settings.ini')
+    imports = '\n'.join(re.findall(r'^(?:from|import) .*', '\n'.join(c.source for c in nb.cells if c.cell_type == 'code'), re.M))
+    extra = [o for o in re.findall(r'[\w-]+', config['DEFAULT']['dev_requirements']) if re.search(rf'\b{o}\b', imports)]
+    install = f'%pip install -q {" ".join([f"git+https://github.com/{repo}"]+extra)}' if repo else '# in a clone of the repository: pip install .'
+    nb.cells.insert(0, nbformat.v4.new_code_cell(install))
+    if base_url:  # a copy stands alone: its links lead to the site
+        to_site = lambda m: f']({urljoin(base_url+page, m[1])}.html{m[2]})'
+        for c in nb.cells: c.source = re.sub(r'\]\((?!\w+:)([\w./-]+)\.ipynb(#[^)]*)?\)', lambda m: to_site(m), c.source)
+    dst = site/'notebooks'/f'{page}.ipynb'
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nb, dst)
+
+def llms_txt(contents, about):
+    "The pages with their descriptions, for a reader without a screen"
+    title,description = about['index']
+    res = [f'# {title}\n\n> {description}']
+    for caption,pages in contents.items(): 
+        if pages: res.append('\n'.join([f'## {caption}\n'] + ['- [{1}]({0}): {2}'.format(f'{base_url}{p}.html', *about[p]) for p in pages]))
+    (site/'llms.txt').write_text('\n\n'.join(res) + '\n', encoding='utf-8')
 
 def main():
     "Process, prepare, render; returns Sphinx's exit code, not 0 on any warning"
     for d in proc,site: shutil.rmtree(d, ignore_errors=True)
-    proc_nbs(str(root/'nbs'), n_workers=0)
-    notebooks = sorted(proc.rglob('*.ipynb'))
-    pages = [str(p.relative_to(proc).with_suffix('')) for p in notebooks if p.stem != 'index']
-    for path in notebooks: prepare(path, pages)
+    if not repo: print('GITHUB_REPOSITORY=owner/name is not set: no links to Colab, no sitemap')
+    proc_nbs(str(nbs), n_workers=0)
+    notebooks = {str(p.relative_to(proc).with_suffix('')): nbformat.read(p, as_version=4) for p in sorted(proc.rglob('*.ipynb'))}
+    for nb in notebooks.values(): show_names(nb)
+    about = {page: prepare(nb, page) for page,nb in notebooks.items()}
+    about['api'] = 'Names by module',api_page(proc, root/'rnnlm', top)
+    source_pages(root/'rnnlm', proc/'source')
+    contents = sections([p for p in about if p != 'index'])
+    notebooks['index'].cells.append(toctree(contents))
+    for page,nb in notebooks.items(): nbformat.write(nb, proc/f'{page}.ipynb')
     failed = sphinx(['-q', '-W', '--keep-going', '-c', str(root/'docs'), '-d', str(proc/'.doctrees'), str(proc), str(site)])
+    for page in notebooks: download(page)
+    llms_txt(contents, about)
     shutil.rmtree(root/'jupyter_execute', ignore_errors=True)  # MyST-NB's, of no use without execution
     return failed
 

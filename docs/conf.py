@@ -1,12 +1,49 @@
 "Sphinx settings of the site; `docs.build` runs Sphinx with them"
 from importlib.metadata import version as installed
+from latex2mathml.converter import convert
+from docutils.nodes import SkipNode
+from docs import base_url
 
 project,author = 'rnnlm','The rnnlm authors'
 version = release = installed('rnnlm')
-extensions = ['myst_nb']
+language = 'en'
+extensions = ['myst_nb', 'notfound.extension', 'sphinx.ext.githubpages'] + (['sphinx_sitemap'] if base_url else [])
 nb_execution_mode = 'off'  # the notebooks come executed
-myst_enable_extensions = ['dollarmath']
+myst_enable_extensions = ['dollarmath', 'attrs_block', 'deflist']
 myst_heading_anchors = 3
 html_theme = 'sphinx_book_theme'
+html_theme_options = {
+    'logo': {'text': 'rnnlm', 'image_light': '_static/icon.svg', 'image_dark': '_static/icon.svg'},
+    'search_bar_text': 'Search', 'toc_title': 'On this page',
+    'use_download_button': False, 'use_fullscreen_button': False,
+    'pygments_light_style': 'a11y-high-contrast-light', 'pygments_dark_style': 'a11y-high-contrast-dark',
+    'footer_content_items': '', 'navbar_persistent': [],
+}
+html_context = {'default_mode': 'auto'}
 html_title = 'rnnlm'
+html_favicon = '_static/icon.svg'
+html_static_path = ['_static']
+html_css_files = ['site.css']
 html_copy_source = False
+html_use_index = False
+html_baseurl = base_url
+sitemap_url_scheme = '{link}'
+sitemap_excludes = ['search.html', '404.html']
+notfound_urls_prefix = '/' + base_url.partition('github.io/')[2]
+notfound_context = {'title': 'Page not found', 'body': '<h1>Page not found</h1>\n\n'
+                    '<p>There is no page at this address. The search knows every page of this site, and the sidebar lists them.</p>'}
+html_math_renderer = 'mathml'
+
+def math(display):
+    "A visitor that writes a formula as MathML, which browsers render themselves"
+    def visit(self, node):
+        self.body.append(convert(node.astext(), display=display))
+        raise SkipNode
+    return visit, None
+
+def home_title(app, page, template, context, doctree):
+    if page == 'index': context['docstitle'] = 'recurrent language models for fastai'
+
+def setup(app):
+    app.add_html_math_renderer('mathml', math('inline'), math('block'))
+    app.connect('html-page-context', home_title)
