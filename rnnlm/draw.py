@@ -302,7 +302,7 @@ def plot_chunks(
 # %% ../nbs/05a_draw.ipynb #da000040
 _PLAYER = '''<figure class="rnnlm-animation" id="{id}" style="margin:0">
 <img src="data:image/png;base64,{last}" alt="{alt}" style="width:100%;max-width:{width}px;height:auto">
-<div hidden><button type="button">Play</button> <input type="range" min="0" max="{top}" value="{top}" aria-label="Step of the animation"></div>
+<div hidden><button type="button">Play</button> <input type="range" min="0" max="{top}" value="{top}" aria-label="Step of the animation" style="width:50%"></div>
 <script>(() => {{
   const figure = document.getElementById("{id}"), [image, bar] = figure.children, [button, slider] = bar.children
   const frames = {frames}, order = {order}

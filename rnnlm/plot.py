@@ -200,7 +200,7 @@ def plot_state(
     if units is None: units = min(32, states.shape[1])
     units = _units(units if np.ndim(units) else range(check_int('units', units, states.shape[1], 'the units of the state')), states)
     T,U,top = len(words),len(units),np.abs(states[:,units]).max()
-    ax = _new_axes(ax, min(max(5, .19*T+1.6), 12), min(max(1.9, .2*U+1.2), 9))
+    ax = _new_axes(ax, min(max(5, .19*T+1.6), 10), min(max(1.9, .2*U+1.2), 9))
     im = ax.imshow(states[:,units].T, cmap='RdBu_r', vmin=-top, vmax=top, aspect='auto', interpolation='none')
     if T <= 80: ax.set_xticks(range(T), [_label(w) for w in words], rotation=90, size=9 if T <= 60 else 7)
     else: ax.set_xlabel('token')
