@@ -202,7 +202,7 @@ def plot_state(
     T,U,top = len(words),len(units),np.abs(states[:,units]).max()
     ax = _new_axes(ax, min(max(5, .19*T+1.6), 10), min(max(1.9, .2*U+1.2), 9))
     im = ax.imshow(states[:,units].T, cmap='RdBu_r', vmin=-top, vmax=top, aspect='auto', interpolation='none')
-    if T <= 80: ax.set_xticks(range(T), [_label(w) for w in words], rotation=90, size=9 if T <= 60 else 7)
+    if T <= 80: ax.set_xticks(range(T), [_label(w) for w in words], rotation=90 if max(map(len, words)) > 2 else 0, size=9 if T <= 60 else 7)
     else: ax.set_xlabel('token')
     ax.set(yticks=range(U) if U <= 40 else [], ylabel='unit'); ax.set_yticklabels(units if U <= 40 else [], size=8)
     ax.tick_params(length=0); ax.spines[:].set_visible(False)
