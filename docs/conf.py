@@ -45,7 +45,7 @@ def math(inline):
         svg = formula.svgxml()
         svg.attrib |= {'role': 'img', 'aria-label': tex, 'style': f'vertical-align: {formula.getyofst()-1:.2f}px'}
         svg = tostring(svg, encoding='unicode')
-        self.body.append(svg if inline else f'<div class="math">{svg}</div>')
+        self.body.append(svg if inline else f'<div class="formula">{svg}</div>')
         raise SkipNode
     return visit, None
 
