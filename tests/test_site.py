@@ -8,6 +8,8 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 import nbformat, pytest
 from bs4 import BeautifulSoup
 from playwright.sync_api import sync_playwright
+from docs.build import sections
+from docs.readme import readme
 
 root = Path(__file__).parent.parent
 FLAGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
@@ -157,6 +159,18 @@ def test_files_beside_the_pages(site, pages):
     for name in pages:
         if not name.startswith(('search', '404', 'source', 'index')):
             assert f'https://owner.github.io/rnnlm/{name}' in sitemap and f'https://owner.github.io/rnnlm/{name}' in llms
+
+def test_every_page_has_a_section():
+    assert sections(['06_train', '00_data', 'api', '00b_text'])['Library'] == ['00b_text', '06_train']
+    with pytest.raises(ValueError, match='99_new must be in one section'): sections(['00_data', '99_new'])
+
+def test_readme_leaves_out_what_it_cannot_show(tmp_path):
+    code = nbformat.v4.new_code_cell
+    text,picture = nbformat.v4.new_output('stream', text='counted'),nbformat.v4.new_output('display_data', {'image/png': '', 'text/plain': '<Figure>'})
+    cells = [code('#| fig-alt: a curve\nplot(x)', outputs=[text, picture]), code('#| echo: false\nhidden_plot(x)', outputs=[picture]),
+             nbformat.v4.new_markdown_cell('See [data](00_data.ipynb).')]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'index.ipynb')
+    assert readme(tmp_path/'index.ipynb') == '```python\nplot(x)\n```\n\n    counted\n\nSee [data](nbs/00_data.ipynb).\n'
 
 def test_search(tab, url):
     tab.goto(url)
