@@ -12,18 +12,18 @@ from docs.api import api_page, entry, link_names, source_pages
 
 root = Path(__file__).parent.parent
 nbs,proc,site = root/'nbs',root/'_proc',root/'_docs'
-SECTIONS = {  # the sidebar: each caption with the pages under it, sorted by their names
+SECTIONS = {  # the sidebar: each caption with the pages under it, in the order of these patterns, then of their names
     'The ladder of ideas': '0[0-5]_*',
     'Library': '0?[a-z]_* 06_*',
     'API': 'api',
-    'Tutorials': 'tutorials/*',
+    'Tutorials': 'tutorials/your_text tutorials/hugging_face tutorials/truncation* tutorials/reading* tutorials/*',
     'Benchmarks': 'benchmarks/*',
 }
 TOCTREE = '```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```'
 
 def sections(pages):
     "{caption: its pages in reading order}; each page stands in one section"
-    res = {caption: [p for p in pages if any(fnmatch(p, o) for o in globs.split())] for caption,globs in SECTIONS.items()}
+    res = {caption: [*dict.fromkeys(p for o in globs.split() for p in sorted(pages) if fnmatch(p, o))] for caption,globs in SECTIONS.items()}
     for p in pages:
         if sum(p in o for o in res.values()) != 1: raise ValueError(f"{p} must be in one section of the site, see SECTIONS in docs/build.py")
     return res

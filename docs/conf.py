@@ -1,8 +1,11 @@
 "Sphinx settings of the site; `docs.build` runs Sphinx with them"
 from importlib.metadata import version as installed
-from latex2mathml.converter import convert
+from xml.etree.ElementTree import tostring
+import ziafont, ziamath
 from docutils.nodes import SkipNode
 from docs import base_url
+
+ziafont.config.svg2 = False  # each glyph where it stands: several drawings share a page
 
 project,author = 'rnnlm','The rnnlm authors'
 version = release = installed('rnnlm')
@@ -32,12 +35,17 @@ sitemap_excludes = ['search.html', '404.html']
 notfound_urls_prefix = '/' + base_url.partition('github.io/')[2]
 notfound_context = {'title': 'Page not found', 'body': '<h1>Page not found</h1>\n\n'
                     '<p>There is no page at this address. The search knows every page of this site, and the sidebar lists them.</p>'}
-html_math_renderer = 'mathml'
+html_math_renderer = 'svg'
 
-def math(display):
-    "A visitor that writes a formula as MathML, which browsers render themselves"
+def math(inline):
+    "A visitor that writes a formula as a drawing, in the colour of the text and with its LaTeX source to be read out"
     def visit(self, node):
-        self.body.append(convert(node.astext(), display=display))
+        tex = node.astext()
+        formula = ziamath.Latex(tex, size=17, color='currentColor', inline=inline)
+        svg = formula.svgxml()
+        svg.attrib |= {'role': 'img', 'aria-label': tex, 'style': f'vertical-align: {formula.getyofst()-1:.2f}px'}
+        svg = tostring(svg, encoding='unicode')
+        self.body.append(svg if inline else f'<div class="formula">{svg}</div>')
         raise SkipNode
     return visit, None
 
@@ -45,5 +53,5 @@ def home_title(app, page, template, context, doctree):
     if page == 'index': context['docstitle'] = 'recurrent language models for fastai'
 
 def setup(app):
-    app.add_html_math_renderer('mathml', math('inline'), math('block'))
+    app.add_html_math_renderer('svg', math(inline=True), math(inline=False))
     app.connect('html-page-context', home_title)

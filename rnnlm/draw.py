@@ -226,10 +226,10 @@ class _Book:
         self.colors = [to_hex(colormaps['viridis'](.12+.8*r/max(self.last, 1))) for r in range(len(self.rows))]
         self.below = self.in_grid(self.last, 0)[1] + (1.3 if self.text else 1) + 1  # where the strip of the order begins
         self.figsize = 9,.42*(self.below+2.5)
-        self.alt = f'A text of {self.len:,} pages is cut into {bs} stretches of {self.m}, which go under each other; batch i is page i of every stretch.'
+        self.alt = f'A text of {self.len:,} pages is cut into {bs} lines of {self.m}, which go under each other; batch i is page i of every line.'
 
     def on_line(self, r, c, cut=1):
-        "The place of a page in the text, whose stretches are `cut` apart"
+        "The place of a page in the text, whose lines are `cut` apart"
         scale = 100/(len(self.rows)*(self.n+self.more+1) - 1 + self.skips*1.2)
         return (r*(self.n+self.more+cut) + c + (self.skips and r == self.last)*1.2)*scale, 0, scale, 1
     def in_grid(self, r, c):
@@ -253,15 +253,15 @@ class _Book:
         elif (size := min(9 if words else 8, 8*w/len(str(k)))) > 5: write(x+w/2, y+h/2, k, size=size, ha='center', va='center')
 
     def draw(self, ax, cut=1, move=1, read=None):
-        "The line of pages, `cut` so far; copies of its stretches, on the `move` to their rows; and as many batches as were `read` (None: all)"
+        "The strip of pages, `cut` so far; copies of its lines, on the `move` to their rows; and as many batches as were `read` (None: all)"
         ax.clear(); ax.axis('off'); ax.set(xlim=(-11, 101), ylim=(self.below+1.6, -.9))
         def head(y, text): ax.text(0, y, text, size=10, va='bottom')
         def dots(x, y, **kw): ax.text(x, y, '…', ha='center', va='center', size=12, **kw)
         kind,left,now = 'sample' if self.text else 'page',self.len-self.m*self.bs,-1 if read is None else int(np.ceil(read))-1
-        head(-.2, f'the text: {self.len:,} {kind}s in order' + (f', cut into bs = {self.bs} stretches of m = {self.m}' if cut else '')
+        head(-.2, f'the text: {self.len:,} {kind}s in order' + (f', cut into bs = {self.bs} lines of m = {self.m}' if cut else '')
              + (f'; the last {left} left out' if cut and left else ''))
-        if move == 1: head(2.2, 'the stretches under each other: a row reads on, a column is a batch')
-        if read != 0: head(self.below-.2, f'group_chunks: {kind} i of every stretch, then {kind} i+1')
+        if move == 1: head(2.2, 'the lines under each other: a row reads on, a column is a batch')
+        if read != 0: head(self.below-.2, f'group_chunks: {kind} i of every line, then {kind} i+1')
         for r,row in enumerate(self.rows):
             for c in range(self.n):
                 place,(X,Y,W,H) = self.on_line(r, c, cut),self.in_grid(r, c)
@@ -287,14 +287,14 @@ class _Book:
 # %% ../nbs/05a_draw.ipynb #da000035
 def plot_chunks(
     book, # A `TokenStream`, or a number of pages
-    bs:int=4, # Batch size: the number of stretches
+    bs:int=4, # Batch size: the number of lines
     sl:int=3, # Tokens of a page (sample) of the stream
     n_batches:int=6, # Batches to draw
     ax=None # Axes to draw on; new ones by default
 ):
-    """How `group_chunks` lays a book out: the text as a line of pages, its `bs` stretches under each other, and the order of reading.
+    """How `group_chunks` lays a book out: the text as a strip of pages, its `bs` lines under each other, and the order of reading.
 
-    A text has more pages than a picture: of each stretch the first `n_batches` are drawn, and of more than 6 stretches the first three and
+    A text has more pages than a picture: of each line the first `n_batches` are drawn, and of more than 6 lines the first three and
     the last. Returns the axes; raises `TypeError` or `ValueError` for arguments out of range."""
     book = _Book(book, bs, sl, n_batches)
     return book.draw(_new_axes(ax, *book.figsize))
@@ -347,12 +347,12 @@ class _MovingChunks(FuncAnimation):
 
 def animate_chunks(
     book, # A `TokenStream`, or a number of pages
-    bs:int=4, # Batch size: the number of stretches
+    bs:int=4, # Batch size: the number of lines
     sl:int=3, # Tokens of a page (sample) of the stream
     n_batches:int=6, # Batches to draw
     interval:int=250 # Milliseconds of a frame
 ) -> FuncAnimation:
-    """The moving picture of `plot_chunks`: the line of pages is cut, its stretches go under each other, and batch after batch is read.
+    """The moving picture of `plot_chunks`: the strip of pages is cut, its lines go under each other, and batch after batch is read.
 
     In Jupyter it shows itself with a button and a slider, and needs no network; `save('x.gif', writer='pillow')` writes a file."""
     return _MovingChunks(_Book(book, bs, sl, n_batches), check_int('interval', interval))

@@ -8,6 +8,8 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 import nbformat, pytest
 from bs4 import BeautifulSoup
 from playwright.sync_api import sync_playwright
+from docs.build import sections
+from docs.readme import readme
 
 root = Path(__file__).parent.parent
 pytestmark = pytest.mark.xdist_group('site')  # in one process, for which the site is built once
@@ -62,7 +64,7 @@ def pages(site):
 @pytest.fixture
 def tab(browser, url):
     "A browser's page that reaches the site alone, and records in `.faults` what goes wrong"
-    page = browser.new_page(viewport={'width': 1280, 'height': 800})
+    page = browser.new_page(viewport={'width': 1280, 'height': 800}, reduced_motion='reduce')
     page.faults = []
     def request(route):
         if route.request.url.startswith((url, 'data:')): return route.continue_()
@@ -88,6 +90,7 @@ def test_pages_load_fit_a_phone_and_are_accessible(pages, tab, url, axe):
         tab.set_viewport_size({'width': 1280, 'height': 800})
         tab.goto(url+page)
         tab.add_script_tag(path=axe)
+        tab.add_style_tag(content='* { transition: none !important } .tooltip { display: none !important }')  # no colour half way
         code = [] if page in ('01_models.html', 'source/rnnlm.data.html') else ['.highlight pre']  # coloured alike everywhere; it takes the most time
         for theme,rules in ('light', ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'best-practice']), ('dark', ['color-contrast']):
             set_theme(tab, theme)
@@ -158,12 +161,26 @@ def test_files_beside_the_pages(site, pages):
         if not name.startswith(('search', '404', 'source', 'index')):
             assert f'https://owner.github.io/rnnlm/{name}' in sitemap and f'https://owner.github.io/rnnlm/{name}' in llms
 
+def test_every_page_has_a_section():
+    assert sections(['06_train', '00_data', 'api', '00b_text'])['Library'] == ['00b_text', '06_train']
+    with pytest.raises(ValueError, match='99_new must be in one section'): sections(['00_data', '99_new'])
+
+def test_readme_leaves_out_what_it_cannot_show(tmp_path):
+    code = nbformat.v4.new_code_cell
+    text,picture = nbformat.v4.new_output('stream', text='counted'),nbformat.v4.new_output('display_data', {'image/png': '', 'text/plain': '<Figure>'})
+    cells = [code('#| fig-alt: a curve\nplot(x)', outputs=[text, picture]), code('#| echo: false\nhidden_plot(x)', outputs=[picture]),
+             nbformat.v4.new_markdown_cell('See [data](00_data.ipynb).')]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'index.ipynb')
+    assert readme(tmp_path/'index.ipynb') == '```python\nplot(x)\n```\n\n    counted\n\nSee [data](nbs/00_data.ipynb).\n'
+
 def test_search(tab, url):
     tab.goto(url)
-    tab.locator('.search-button-field:visible').click()
+    tab.locator('.search-button-field:visible').first.click()
     tab.keyboard.type('group_chunks'); tab.keyboard.press('Enter')
     tab.locator('#search-results li').first.wait_for()
     assert [o for o in tab.locator('#search-results a').all() if '00_data.html' in o.get_attribute('href')]
+    tab.set_viewport_size({'width': 390, 'height': 844})
+    assert tab.evaluate('document.documentElement.scrollWidth') <= 390
     assert not tab.faults
 
 def test_theme_switch(tab, url):
