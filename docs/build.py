@@ -38,14 +38,11 @@ def top(title, description, page=None):
     "The first lines of a page"
     return f'# {title}\n\n{{.lead}}\n{description}\n\n' + (links(page) if page else '')
 
-def prepare_code(c, page):
+def prepare_code(c):
     "What the `#|` lines of a code cell say becomes what MyST-NB understands; of the outputs, what a page can show"
     says = dict(re.findall(r'^#\|\s*([\w-]+):\s*(.*)', c.source, re.M))
     c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
     if says.get('echo') == 'false' or not c.source.strip(): c.metadata.tags = ['remove-input']
-    lines = c.source.splitlines()
-    if page != 'index' and lines and all(o.startswith(('from ', 'import ')) for o in lines):
-        c.metadata.update(tags=['hide-input'], mystnb={'code_prompt_show': 'Show the imports', 'code_prompt_hide': 'Hide the imports'})
     alt = says.get('fig-alt', '').strip('"')
     if alt: c.metadata.mystnb = {'image': {'alt': alt}}
     c.outputs = [o for o in c.outputs if not o.get('data', {}).get('text/html', '').lstrip().startswith('<style>\n    progress')]
@@ -53,6 +50,11 @@ def prepare_code(c, page):
         if 'text/html' in o.get('data', {}):
             html = re.sub(r'<link[^>]*href="https?://[^>]*>', '', o.data['text/html'])   # matplotlib's animations ask for a style sheet
             o.data['text/html'] = re.sub(r'<img (?![^>]*alt=)', f'<img alt="{alt}" ', html) if alt else html
+
+def fold_imports(c):
+    "A cell of nothing but imports, to unfold"
+    c.cell_type,c.source = 'markdown',f'<details><summary>Imports</summary>\n\n```python\n{c.source}\n```\n\n</details>'
+    del c['outputs'], c['execution_count']
 
 def show_names(nb):
     "The `show_doc(name)` that nbdev puts after each exported definition, as the entry of the name"
@@ -68,7 +70,9 @@ def prepare(nb, page):
         if c.cell_type == 'raw':  # nbdev's, of the notebook's first lines
             front = next(yaml.safe_load_all(c.source))
             c.cell_type,c.source = 'markdown',top(front['title'], front['description'], page)
-        if c.cell_type == 'code': prepare_code(c, page)
+        if c.cell_type == 'code':
+            prepare_code(c)
+            if page != 'index' and re.fullmatch(r'((from|import) .*(\n|$))+', c.source) and not c.outputs: fold_imports(c)
         else: c.source = link_names(c.source)
     description = re.sub(r'[`*]', '', front['description'])
     nb.metadata = nbformat.from_dict({'language_info': {'name': 'python', 'pygments_lexer': 'python'},

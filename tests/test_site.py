@@ -64,6 +64,7 @@ def pages(site):
 def tab(browser, url):
     "A browser's page that reaches the site alone, and records in `.faults` what goes wrong"
     page = browser.new_page(viewport={'width': 1280, 'height': 800}, reduced_motion='reduce')
+    page.set_default_timeout(10_000)
     page.faults = []
     def request(route):
         if route.request.url.startswith((url, 'data:')): return route.continue_()
