@@ -2,6 +2,7 @@
 import re, shutil, sys
 from configparser import ConfigParser
 from fnmatch import fnmatch
+from html import escape
 from pathlib import Path
 from urllib.parse import urljoin
 import nbformat, yaml
@@ -49,7 +50,7 @@ def prepare_code(c):
     for o in c.outputs:
         if 'text/html' in o.get('data', {}):
             html = re.sub(r'<link[^>]*href="https?://[^>]*>', '', o.data['text/html'])   # matplotlib's animations ask for a style sheet
-            o.data['text/html'] = re.sub(r'<img (?![^>]*alt=)', f'<img alt="{alt}" ', html) if alt else html
+            o.data['text/html'] = re.sub(r'<img (?![^>]*alt=)', f'<img alt="{escape(alt)}" ', html) if alt else html
 
 def fold_imports(c):
     "A cell of nothing but imports, to unfold"
@@ -94,8 +95,8 @@ def download(page):
     install = f'%pip install -q {" ".join([f"git+https://github.com/{repo}"]+extra)}' if repo else '# in a clone of the repository: pip install .'
     nb.cells.insert(0, nbformat.v4.new_code_cell(install))
     if base_url:  # a copy stands alone: its links lead to the site
-        to_site = lambda m: f']({urljoin(base_url+page, m[1])}.html{m[2]})'
-        for c in nb.cells: c.source = re.sub(r'\]\((?!\w+:)([\w./-]+)\.ipynb(#[^)]*)?\)', lambda m: to_site(m), c.source)
+        def to_site(m): return f']({urljoin(base_url+page, m[1])}.html{m[2] or ""})'
+        for c in nb.cells: c.source = re.sub(r'\]\((?!\w+:)([\w./-]+)\.ipynb(#[^)]*)?\)', to_site, c.source)
     dst = site/'notebooks'/f'{page}.ipynb'
     dst.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, dst)
@@ -104,7 +105,7 @@ def llms_txt(contents, about):
     "The pages with their descriptions, for a reader without a screen"
     title,description = about['index']
     res = [f'# {title}\n\n> {description}']
-    for caption,pages in contents.items(): 
+    for caption,pages in contents.items():
         if pages: res.append('\n'.join([f'## {caption}\n'] + ['- [{1}]({0}): {2}'.format(f'{base_url}{p}.html', *about[p]) for p in pages]))
     (site/'llms.txt').write_text('\n\n'.join(res) + '\n', encoding='utf-8')
 
