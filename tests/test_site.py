@@ -139,6 +139,7 @@ def test_notebooks_can_be_had(pages, site):
         assert colab['href'] == f'https://colab.research.google.com/github/owner/rnnlm/blob/gh-pages/notebooks/{nb}.ipynb'
         first,*rest = nbformat.read(site/f'{nb}.html'.replace(nb.name+'.html', copy['href']), as_version=4).cells
         assert 'pip install -q git+https://github.com/owner/rnnlm' in first.source
+        assert not [c for c in rest if re.search(r'\]\((?!https?:)[^)]*\.ipynb', c.source)]  # its links lead to the site
         assert [c.source for c in rest if c.cell_type == 'code'] == [
             c.source for c in nbformat.read(root/'nbs'/f'{nb}.ipynb', as_version=4).cells if c.cell_type == 'code']
 
