@@ -2,6 +2,7 @@
 import re, shutil, sys
 from configparser import ConfigParser
 from fnmatch import fnmatch
+from html import escape
 from pathlib import Path
 from urllib.parse import urljoin
 import nbformat, yaml
@@ -38,21 +39,23 @@ def top(title, description, page=None):
     "The first lines of a page"
     return f'# {title}\n\n{{.lead}}\n{description}\n\n' + (links(page) if page else '')
 
-def prepare_code(c, page):
+def prepare_code(c):
     "What the `#|` lines of a code cell say becomes what MyST-NB understands; of the outputs, what a page can show"
     says = dict(re.findall(r'^#\|\s*([\w-]+):\s*(.*)', c.source, re.M))
     c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
     if says.get('echo') == 'false' or not c.source.strip(): c.metadata.tags = ['remove-input']
-    lines = c.source.splitlines()
-    if page != 'index' and lines and all(o.startswith(('from ', 'import ')) for o in lines):
-        c.metadata.update(tags=['hide-input'], mystnb={'code_prompt_show': 'Show the imports', 'code_prompt_hide': 'Hide the imports'})
     alt = says.get('fig-alt', '').strip('"')
     if alt: c.metadata.mystnb = {'image': {'alt': alt}}
     c.outputs = [o for o in c.outputs if not o.get('data', {}).get('text/html', '').lstrip().startswith('<style>\n    progress')]
     for o in c.outputs:
         if 'text/html' in o.get('data', {}):
             html = re.sub(r'<link[^>]*href="https?://[^>]*>', '', o.data['text/html'])   # matplotlib's animations ask for a style sheet
-            o.data['text/html'] = re.sub(r'<img (?![^>]*alt=)', f'<img alt="{alt}" ', html) if alt else html
+            o.data['text/html'] = re.sub(r'<img (?![^>]*alt=)', f'<img alt="{escape(alt)}" ', html) if alt else html
+
+def fold_imports(c):
+    "A cell of nothing but imports, to unfold"
+    c.cell_type,c.source = 'markdown',f'<details><summary>Imports</summary>\n\n```python\n{c.source}\n```\n\n</details>'
+    del c['outputs'], c['execution_count']
 
 def show_names(nb):
     "The `show_doc(name)` that nbdev puts after each exported definition, as the entry of the name"
@@ -68,7 +71,9 @@ def prepare(nb, page):
         if c.cell_type == 'raw':  # nbdev's, of the notebook's first lines
             front = next(yaml.safe_load_all(c.source))
             c.cell_type,c.source = 'markdown',top(front['title'], front['description'], page)
-        if c.cell_type == 'code': prepare_code(c, page)
+        if c.cell_type == 'code':
+            prepare_code(c)
+            if page != 'index' and re.fullmatch(r'((from|import) .*(\n|$))+', c.source) and not c.outputs: fold_imports(c)
         else: c.source = link_names(c.source)
     description = re.sub(r'[`*]', '', front['description'])
     nb.metadata = nbformat.from_dict({'language_info': {'name': 'python', 'pygments_lexer': 'python'},
@@ -90,8 +95,8 @@ def download(page):
     install = f'%pip install -q {" ".join([f"git+https://github.com/{repo}"]+extra)}' if repo else '# in a clone of the repository: pip install .'
     nb.cells.insert(0, nbformat.v4.new_code_cell(install))
     if base_url:  # a copy stands alone: its links lead to the site
-        to_site = lambda m: f']({urljoin(base_url+page, m[1])}.html{m[2]})'
-        for c in nb.cells: c.source = re.sub(r'\]\((?!\w+:)([\w./-]+)\.ipynb(#[^)]*)?\)', lambda m: to_site(m), c.source)
+        def to_site(m): return f']({urljoin(base_url+page, m[1])}.html{m[2] or ""})'
+        for c in nb.cells: c.source = re.sub(r'\]\((?!\w+:)([\w./-]+)\.ipynb(#[^)]*)?\)', to_site, c.source)
     dst = site/'notebooks'/f'{page}.ipynb'
     dst.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, dst)
@@ -100,7 +105,7 @@ def llms_txt(contents, about):
     "The pages with their descriptions, for a reader without a screen"
     title,description = about['index']
     res = [f'# {title}\n\n> {description}']
-    for caption,pages in contents.items(): 
+    for caption,pages in contents.items():
         if pages: res.append('\n'.join([f'## {caption}\n'] + ['- [{1}]({0}): {2}'.format(f'{base_url}{p}.html', *about[p]) for p in pages]))
     (site/'llms.txt').write_text('\n\n'.join(res) + '\n', encoding='utf-8')
 
