@@ -163,7 +163,7 @@ def bpe():
 
 @pytest.mark.parametrize('kwargs', [
     {}, dict(eos='.', min_freq=2), dict(tokenizer='chars'), dict(tokenizer=lines, max_vocab=50), dict(tokenizer='fastai'),
-    dict(tokenizer=str.split, vocab=['w1','w2','<unk>']), dict(tokenizer='bpe', eos='.')], ids=str)
+    dict(tokenizer=str.split, vocab=['w1','w2','<unk>']), dict(tokenizer='bpe', eos='.')], ids='words eos chars function fastai split bpe'.split())
 def test_workers_give_the_same_ids(kwargs, tmp_path, monkeypatch, bpe):
     from fastai.text.core import SpacyTokenizer
     monkeypatch.setattr(rnnlm.text, '_BLOCK', 2000)  # some dozens of pieces
