@@ -103,8 +103,9 @@ def _save(path, obj):
 def _train(learn, n_epoch, lr):
     "Fit `learn`; a row of the report, None if no epoch was finished, and whether Ctrl-C came"
     name,start,interrupted = type(learn.model).__name__,time.perf_counter(),False
-    print(f'\n{name}, epochs: {n_epoch}')
-    try: learn.fit_one_cycle(n_epoch, lr)
+    try:
+        print(f'\n{name}, epochs: {n_epoch}')
+        learn.fit_one_cycle(n_epoch, lr)
     except KeyboardInterrupt: interrupted = True
     seconds,done = time.perf_counter()-start,getattr(learn.recorder, 'values', [])
     if interrupted: print(f'\nInterrupted: {name} finished {len(done)} of {n_epoch} epochs')
