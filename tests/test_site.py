@@ -7,12 +7,12 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 import nbformat, pytest
 from bs4 import BeautifulSoup
+from filelock import FileLock
 from playwright.sync_api import sync_playwright
 from docs.build import sections
 from docs.readme import readme
 
 root = Path(__file__).parent.parent
-pytestmark = pytest.mark.xdist_group('site')  # in one process, for which the site is built once
 FLAGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
 
 def needed(found, what, how):
@@ -28,11 +28,16 @@ class Handler(SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
 
 @pytest.fixture(scope='session')
-def site():
-    "The folder of the site, built as the workflow does"
-    res = subprocess.run([sys.executable, '-m', 'docs.build'], cwd=root, capture_output=True, text=True,
-                         env=os.environ | {'GITHUB_REPOSITORY': 'owner/rnnlm'})
-    assert res.returncode == 0, res.stdout + res.stderr
+def site(tmp_path_factory):
+    "The folder of the site, built as the workflow does, once for all processes of a test run"
+    shared = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: shared = shared.parent  # the run's, above each process's own
+    with FileLock(shared/'site.lock'):
+        if not (shared/'site-is-built').exists():
+            res = subprocess.run([sys.executable, '-m', 'docs.build'], cwd=root, capture_output=True, text=True,
+                                 env=os.environ | {'GITHUB_REPOSITORY': 'owner/rnnlm'})
+            assert res.returncode == 0, res.stdout + res.stderr
+            (shared/'site-is-built').touch()
     return root/'_docs'
 
 @pytest.fixture(scope='session')
@@ -74,7 +79,7 @@ def tab(browser, url):
     page.route('**/*', request)
     page.on('console', lambda m: m.type == 'error' and page.faults.append(m.text))
     page.on('pageerror', lambda e: page.faults.append(str(e)))
-    page.on('requestfailed', lambda r: page.faults.append(f'{r.url} failed'))
+    page.on('requestfailed', lambda r: r.failure == 'net::ERR_ABORTED' or page.faults.append(f'{r.url}: {r.failure}'))  # or left by a click
     page.on('response', lambda r: r.status >= 400 and page.faults.append(f'{r.url}: {r.status}'))
     yield page
     page.close()
