@@ -2,7 +2,6 @@
 import re, shutil, sys
 from configparser import ConfigParser
 from fnmatch import fnmatch
-from html import escape
 from pathlib import Path
 from urllib.parse import urljoin
 import nbformat, yaml
@@ -47,10 +46,6 @@ def prepare_code(c):
     alt = says.get('fig-alt', '').strip('"')
     if alt: c.metadata.mystnb = {'image': {'alt': alt}}
     c.outputs = [o for o in c.outputs if not o.get('data', {}).get('text/html', '').lstrip().startswith('<style>\n    progress')]
-    for o in c.outputs:
-        if 'text/html' in o.get('data', {}):
-            html = re.sub(r'<link[^>]*href="https?://[^>]*>', '', o.data['text/html'])   # matplotlib's animations ask for a style sheet
-            o.data['text/html'] = re.sub(r'<img (?![^>]*alt=)', f'<img alt="{escape(alt)}" ', html) if alt else html
 
 def fold_imports(c):
     "A cell of nothing but imports, to unfold"

@@ -49,7 +49,9 @@ class TBPTT(Callback):
 
     def before_batch(self):
         learn,model,self.old = self.learn,self.stateful,0
-        if learn.iter == 0 and not isinstance(learn.dl, StreamDL): self._check_window(*[learn.xb[0].shape[1]]*2)
+        if learn.iter == 0 and not isinstance(learn.dl, StreamDL):
+            sl = learn.xb[0].shape[1]
+            self._check_window(sl, sl)
         if self.k1 == self.k2: return
         model.carry_at = self.k1
         if self.graded == 'new' and model.state is not None and learn.yb[0].ndim > 1:
