@@ -12,7 +12,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.torch_core import default_device, display_df
 from fastcore.basics import detuplify, patch, store_attr
 from fastcore.foundation import L
-from .stream import check_int
+from .core import check_int
 from .text import TokenStream
 
 # %% ../nbs/00_data.ipynb #f8232ab6

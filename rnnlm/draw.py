@@ -17,9 +17,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path
 from torch import nn
-from .bptt import TBPTT, _reading
-from .callback import can_forget
-from .stream import TokenStream, check_int
+from .bptt import TBPTT
+from .horizon import evaluating
+from .core import check_int, find_stateful
+from .stream import TokenStream
 
 # %% ../nbs/05a_draw.ipynb #da000008
 _UP,_IN,_TIME,_OUT,_BACK = '#009E73','#E69F00','#0072B2','#D55E00','#CC3377'  # one colour, one weight matrix; and the gradient's
@@ -122,7 +123,9 @@ def plot_loop(
 def _answers_all(model, stream):
     "Does `model` answer after every token, or once, at the end of what it is given?"
     x = stream.ids[None,:2].long().to(next(model.parameters()).device)
-    with _reading(model, 'plot_unrolled') if can_forget(model) else nullcontext(model) as m, torch.no_grad(): return m(x).ndim == 3
+    with torch.no_grad():
+        if not find_stateful(model): return model(x).ndim == 3
+        with evaluating(model, 'plot_unrolled') as m: return m.read(x, None)[0].ndim == 3
 
 def plot_unrolled(
     model, # A recurrent language model: an embedding, something recurrent, and a linear output
@@ -139,7 +142,7 @@ def plot_unrolled(
     net,_ = _Wiring.of(model),_tokens(stream, 1)
     sl = check_int('sl', sl, len(stream)-1, f'the {len(stream)} tokens less one target')
     n_batches = check_int('n_batches', n_batches, (len(stream)-1)//sl, f'the batches of {sl} tokens in the stream')
-    words,ys,n,remembers = _tokens(stream, sl*n_batches+1),net.heights,sl*n_batches,can_forget(model)
+    words,ys,n,remembers = _tokens(stream, sl*n_batches+1),net.heights,sl*n_batches,find_stateful(model) is not None
     ends = range(n) if _answers_all(model, stream) else range(sl-1, n, sl)
     ax = _new_axes(ax, max(5, .75*(n+n_batches)+.5), 1.05*ys[-1]+1.5+.25*len(ys)+.2*(n_batches > 1))
     place,back = lambda t: t + t//sl, dict(ls='--', lw=1.6)

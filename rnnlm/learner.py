@@ -19,7 +19,8 @@ from fastcore.basics import groupby
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from .bptt import TBPTT
-from .callback import LengthLR, StateResetter, can_forget
+from .callback import LengthLR, StateResetter
+from .core import find_stateful
 
 # %% ../nbs/02a_learner.ipynb #3ededd48
 def lm_loss(
@@ -238,8 +239,8 @@ def rnn_learner(
     `LengthLR` if the lengths of the batches are drawn, `TBPTT` if the batches overlap and the model can forget."""
     cbs = L([*L(cbs)])  # not the caller's own list
     def lacks(kind): return not any(cb is kind or isinstance(cb, kind) for cb in cbs)
-    if can_forget(model) and lacks(StateResetter): cbs.append(StateResetter())
+    if find_stateful(model, needs='reset') and lacks(StateResetter): cbs.append(StateResetter())
     if getattr(dls.train, 'sl_std', 0) and lacks(LengthLR): cbs.append(LengthLR())
     stride,sl = (getattr(dls.train, o, None) for o in ('stride', 'sl'))
-    if stride != sl and can_forget(model) and lacks(TBPTT): cbs.append(TBPTT(stride, sl))
+    if stride != sl and find_stateful(model) and lacks(TBPTT): cbs.append(TBPTT(stride, sl))
     return LeanLearner(dls, model, loss_func=loss_func, opt_func=opt_func, cbs=cbs, **kwargs)

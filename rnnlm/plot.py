@@ -16,11 +16,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from .bptt import GradHorizon, grad_horizon, _read, _reading
-from .callback import resettable
+from .horizon import GradHorizon, evaluating, grad_horizon, read_tokens
 from .draw import animate_chunks, plot_chunks, plot_loop, plot_unrolled, plot_windows, _COLORS, _ink, _label, _new_axes, _tokens
-from .models import state_tensors
-from .stream import check_int
+from .state import state_tensors
+from .core import check_int, find_stateful
 
 # %% ../nbs/05_plot.ipynb #9c0a1d05
 _all_ = ['plot_loop', 'plot_unrolled', 'plot_windows', 'plot_chunks', 'animate_chunks']
@@ -64,10 +63,10 @@ def _read_text(model, text, skip, who):
     "The loss of each token of `text` from `skip` on, in nats (NaN for the first of all), and the states after each"
     n = len(_tokens(text, name='text'))
     if not 0 <= skip < n: raise ValueError(f"skip must be from 0 to {n-1}, so that something of the text is left, got {skip}")
-    with _reading(model, who) as m, torch.no_grad():
+    with evaluating(model, who) as m, torch.no_grad():
         x = text.ids[None].long().to(next(m.parameters()).device)  # (1, n)
-        losses,states = _read(m, x, x.roll(-1, 1), None)  # the last token has no target, and its loss is dropped
-        states = [*states[1:], m.state]
+        losses,states = read_tokens(m, x, x.roll(-1, 1), None)  # the last token has no target, and its loss is dropped
+        states = states[1:]
     if states[0] is None: raise ValueError(f"model, a {type(m).__name__}, has no state after a token: let its forward end with `self.state = h`")
     return np.array([np.nan, *(o.item() for o in losses[:-1])])[skip:],states[skip:]
 
@@ -82,7 +81,7 @@ def hidden_states(
 
     Raises `TypeError` for a model that is not `Stateful`, `ValueError` for a part or layer that the state does not have."""
     _,states = _read_text(model, text, skip, 'hidden_states')
-    n,batch_dim = len(state_tensors(states[0])),resettable(model).batch_dim
+    n,batch_dim = len(state_tensors(states[0])),find_stateful(model).batch_dim
     if not -n <= part < n: raise ValueError(f"part must be below {n}, the number of tensors in the state, got {part}")
     res = torch.stack([state_tensors(o)[part].select(batch_dim, 0) for o in states]).float().cpu().numpy()  # (tokens, [layers,] units)
     if res.ndim == 2: return res

@@ -17,7 +17,8 @@ import numpy as np, torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
-from .stream import TokenStream, check_int, _CHUNK, _commit, _dtype, _writing
+from .core import check_int
+from .stream import TokenStream, _CHUNK, _commit, _dtype, _writing
 
 # %% ../nbs/00b_text.ipynb #255ccb35
 _all_ = ['TokenStream']

@@ -18,8 +18,9 @@ from fastai.torch_core import set_seed
 from fastcore.script import CliError, call_parse, is_cli
 from .data import human_numbers_stream, lm_seqs, most_common
 from .learner import rnn_learner
-from .models import LMModel2, LMModel3, Stateful
-from .stream import check_int
+from .models import LMModel2, LMModel3
+from .state import StatefulLM
+from .core import check_int
 
 # %% ../nbs/06_train.ipynb #a704f531
 _all_ = ['rnn_learner']
@@ -40,7 +41,7 @@ def numbers_learner(
     cut = int(n*0.8)
     bs = check_int('bs', bs, n-cut, 'the number of validation samples')
     n_hidden = check_int('n_hidden', n_hidden)
-    if issubclass(arch, Stateful): dls = stream.dataloaders(bs, sl, target='last', drop_last=True, verbose=False)
+    if issubclass(arch, StatefulLM): dls = stream.dataloaders(bs, sl, target='last', drop_last=True, verbose=False)
     else:
         seqs = lm_seqs(stream, sl)
         dls = DataLoaders.from_dsets(seqs[:cut], seqs[cut:], bs=bs, shuffle=False, drop_last=False, num_workers=0)
