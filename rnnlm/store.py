@@ -15,7 +15,7 @@ from fastcore.foundation import L
 from filelock import FileLock, Timeout
 from .stream import CHUNK, TokenStream, ids_dtype
 
-# %% ../nbs/00c_store.ipynb #aa28191c
+# %% ../nbs/00c_store.ipynb #9f71732e
 _OURS = re.compile(r'(ids|docs)-[0-9a-f]{8}\.bin|(ids|docs|stream)\.tmp')
 
 def _remove_unnamed(folder):
@@ -26,7 +26,7 @@ def _remove_unnamed(folder):
     for p in folder.iterdir():
         if _OURS.fullmatch(p.name) and p.name not in named: p.unlink()
 
-# %% ../nbs/00c_store.ipynb #e7c3535e
+# %% ../nbs/00c_store.ipynb #117e3e46
 @contextmanager
 def writing(
     path # Folder to write to, made if need be
@@ -91,7 +91,7 @@ def _write(folder, name, chunks, dtype):
     return dict(file=file, dtype=dtype.str, length=length, max=top,
                 sha256=sha.hexdigest())
 
-# %% ../nbs/00c_store.ipynb #7f95db34
+# %% ../nbs/00c_store.ipynb #a8093396
 def commit(
     folder:Path, # From `writing`
     chunks, # Iterable of arrays, none empty: the ids, in order
@@ -134,7 +134,7 @@ def save(self:TokenStream,
         commit(folder, chunks, self.vocab, self.sep, self.tokenizer, self.docs)
     return Path(path)
 
-# %% ../nbs/00c_store.ipynb #3c7de91a
+# %% ../nbs/00c_store.ipynb #3501c6de
 def _damaged(file, what): return ValueError(f"{file} {what}; save the stream again")
 
 def _map(f):
@@ -178,7 +178,7 @@ def _load(folder, entry, verify):
         pages = _map(f)
     return np.frombuffer(pages, dtype),pages
 
-# %% ../nbs/00c_store.ipynb #f96dc9b6
+# %% ../nbs/00c_store.ipynb #7fa31ae6
 def _read_header(file):
     "The bytes of `stream.json`, and the header in them"
     if not file.exists():

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from .core import check_ids
 
-# %% ../nbs/00a_stream.ipynb #f32c3489
+# %% ../nbs/00a_stream.ipynb #a5b9028d
 def _check_ids(ids, vocab_sz):
     "`ids` as an int64 tensor; raises `TypeError` or `ValueError` if they are none"
     if len(ids) == 0:
@@ -106,7 +106,7 @@ class TokenStream:
             return _hf_tokenizer(self.tokenizer).decode(ids, skip_special_tokens=False)
         return (self.sep if sep is None else sep).join(self.vocab[i] for i in ids)
 
-# %% ../nbs/00a_stream.ipynb #eeb07b77
+# %% ../nbs/00a_stream.ipynb #5546a631
 @patch
 def __repr__(self:TokenStream):
     start = self.decode(self.ids[:10]) + (' ...' if len(self) > 10 else '')
@@ -114,7 +114,7 @@ def __repr__(self:TokenStream):
     return (f'TokenStream({len(self):,} tokens {where}, vocab of {len(self.vocab)}: '
             f'{start!r})')
 
-# %% ../nbs/00a_stream.ipynb #bbe4d58f
+# %% ../nbs/00a_stream.ipynb #9e5925f4
 @patch(cls_method=True)
 def from_tokens(cls:TokenStream,
     tokens # Iterable of tokens; a string gives a stream of its characters
@@ -125,7 +125,7 @@ def from_tokens(cls:TokenStream,
     ids = {t:i for i,t in enumerate(dict.fromkeys(tokens))}
     return cls([ids[t] for t in tokens], [*ids], sep)
 
-# %% ../nbs/00a_stream.ipynb #575b6898
+# %% ../nbs/00a_stream.ipynb #b10533fe
 @patch
 def split(self:TokenStream,
     pct:float=0.8 # Share of the tokens in the first part, between 0 and 1
@@ -137,7 +137,7 @@ def split(self:TokenStream,
                          f"got {pct!r} for {len(self)} tokens")
     return self[:cut],self[cut:]
 
-# %% ../nbs/00a_stream.ipynb #c2d331a5
+# %% ../nbs/00a_stream.ipynb #16081c58
 @patch
 def __getstate__(self:TokenStream):
     "These tokens alone, not the memory they are a slice of"
@@ -156,7 +156,7 @@ def new_empty(self:TokenStream) -> TokenStream:
     res._maps = ()
     return res
 
-# %% ../nbs/00a_stream.ipynb #412c2ad7
+# %% ../nbs/00a_stream.ipynb #d1817e00
 CHUNK = 2**22  # ids, or bytes of a file, that are handled at a time
 
 def ids_dtype(
@@ -166,7 +166,7 @@ def ids_dtype(
     if vocab_sz <= 2**8: return np.dtype('u1')
     return np.dtype('<u2' if vocab_sz <= 2**16 else '<i4')
 
-# %% ../nbs/00a_stream.ipynb #c50778db
+# %% ../nbs/00a_stream.ipynb #52dd8c4e
 @patch(as_prop=True)
 def fingerprint(self:TokenStream) -> str:
     """16 hex digits that tell one corpus from another: of all ids, vocab and docs.
