@@ -364,6 +364,30 @@ def test_memory_of_reading(tmp_path):
         assert low < most < high  # a slice is 2 MB, and some pages around it
 
 @linux
+def test_larger_than_memory(tmp_path):
+    if Path('/proc/sys/vm/overcommit_memory').read_text().strip() == '2':
+        pytest.skip('this system refuses all maps larger than memory')
+    size = 4*psutil.virtual_memory().total
+    path = TokenStream([0,0], ['a','b']).save(tmp_path/'s')
+    os.truncate(next(path.glob('ids-*')), size)  # a hole, which takes no room on disk
+    file = path/'stream.json'
+    file.write_text(file.read_text().replace('"length": 2', f'"length": {size}'))
+    stream = TokenStream.open(path)
+    assert len(stream) == size and stream[size//2:][-2:].decode() == 'a a'
+
+@linux
+def test_no_file_is_left_open(tmp_path):
+    process,path = psutil.Process(),some(0).save(tmp_path/'s')
+    before = process.num_fds()
+    for _ in range(3):
+        save(path)
+        write_docs(path)
+        with pytest.raises(TypeError, match='must be strings'):
+            TokenStream([0], [1]).save(path)
+        TokenStream.open(path, verify=True)
+    assert process.num_fds() == before
+
+@linux
 def test_memory_of_a_loader(tmp_path):
     from rnnlm.data import StreamDL
     stream = TokenStream.open(save_large(tmp_path/'s'))
