@@ -150,6 +150,7 @@ def encode(
 
 # %% ../nbs/00b_encode.ipynb #bca82d63
 _MOST_KNOWN = 2**20  # entries
+_ID_BYTES = array('I').itemsize
 
 def _as_bytes(ids): return array('I', ids).tobytes()
 
@@ -176,10 +177,9 @@ def encode_words(
     for text,ends in piece:
         data = b''.join(map(known.__getitem__, text.split(' ')))
         if ends and eos is not None: data += _as_bytes([known.ids_of[eos]])
-        ids = np.frombuffer(data, np.uint32)
-        encoded.append(ids)
-        parts.append((len(ids), ends))
-    return np.concatenate(encoded), parts
+        encoded.append(data)
+        parts.append((len(data)//_ID_BYTES, ends))
+    return np.frombuffer(b''.join(encoded), np.uint32), parts
 
 # %% ../nbs/00b_encode.ipynb #90afafcf
 def _go_with_parent():

@@ -35,12 +35,14 @@ class _Draft:
     def add(self, ids, parts):
         "Write ids; `parts` are (number of ids, whether the document ends)"
         self.file.write(ids.data)
+        length,between = self.length,self.between  # quicker than attributes
         for n,ends in parts:
-            if n and self.between:
-                self.starts.append(self.length)
-                self.between = False
-            self.length += n
-            if ends: self.between = True
+            if n and between:
+                self.starts.append(length)
+                between = False
+            length += n
+            if ends: between = True
+        self.length,self.between = length,between
 
     def chunks(self, table):
         "All ids again, some megabytes at a time: of each id its entry in `table`"
