@@ -20,20 +20,20 @@ class StateResetter(Callback):
     `reset()`."""
     order = -20  # before fastai's `TrainEvalCallback`, which resets in `before_fit`
     def before_fit(self):
-        self.state_before_fit = self._kept()
+        self.state_before_fit = self._state()
         self.has_trained = False  # `validate` and `get_preds` are fits without training
     def before_train(self):
         self.has_trained = True
         self._module().reset()
         if hasattr(self.dl, 'set_epoch'): self.dl.set_epoch(self.epoch)
     def before_validate(self):
-        self.state_before_validate = self._kept()
+        self.state_before_validate = self._state()
         self._module().reset()
     def after_validate(self): self._restore(self.state_before_validate)
     def after_fit(self): self._restore(None if self.has_trained else self.state_before_fit)
 
     def _module(self): return find_stateful(self.model, 'StateResetter', 'reset')
-    def _kept(self): return getattr(self._module(), 'state', None)
+    def _state(self): return getattr(self._module(), 'state', None)
     def _restore(self, state):
         self._module().reset()
         if state is not None: self._module().state = state
