@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ForeachAdam', 'fused_adam']
 
-# %% ../nbs/02c_optim.ipynb #ade43cd2
+# %% ../nbs/02c_optim.ipynb #ece8e098
 import torch
 from fastai.optimizer import Optimizer, OptimWrapper, debias
 
