@@ -93,8 +93,8 @@ def group_chunks(
     A line has `m` samples. Place `i*bs + j` holds sample `i + m*j`, so row `j` of batch
     `i` continues row `j` of batch `i-1`. Use it with `shuffle=False, drop_last=True`
     and the same `bs`. A tensor holds one sample a row. Raises `TypeError` or
-    `ValueError` for a `bs` that is no whole number or not in range. Source: Howard & Gugger 2020,
-    chapter 12."""
+    `ValueError` for a `bs` that is no whole number or not in range. Source: Howard &
+    Gugger 2020, chapter 12."""
     if len(ds) == 0:
         raise ValueError("ds is empty: group_chunks needs at least bs samples")
     bs = check_int('bs', bs, len(ds), 'the number of samples')
