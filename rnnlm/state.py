@@ -110,8 +110,7 @@ class KeepsState(nn.Module):
                                  f"{o.device}: move the batch, or the model with its "
                                  "state")
         weights = next((p for p in self.parameters() if p.is_floating_point()), None)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if weights is None or autocast: return self.state
+        if weights is None: return self.state
         def as_precise(o): return o.to(torch.promote_types(o.dtype, weights.dtype))
         return map_state(as_precise, self.state)
 
