@@ -6,7 +6,7 @@
 __all__ = ['PADDING', 'lm_loss', 'count_targets', 'TokenLoss', 'TokenPerplexity', 'TokenAccuracy', 'drop_padding', 'TargetRows',
            'TokenMetric', 'per_token', 'PredRows']
 
-# %% ../nbs/02b_metrics.ipynb #da574260
+# %% ../nbs/02b_metrics.ipynb #02344d20
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
@@ -15,7 +15,7 @@ from fastai.metrics import AccumMetric, Perplexity, accuracy, mk_metric
 from fastai.torch_core import find_bs
 from fastcore.basics import GetAttr
 
-# %% ../nbs/02b_metrics.ipynb #6c883290
+# %% ../nbs/02b_metrics.ipynb #252b7abd
 PADDING = -100  # the target of a place that holds no token, as in `F.cross_entropy`
 
 def lm_loss(
@@ -26,7 +26,7 @@ def lm_loss(
     "The mean cross-entropy in nats a token"
     return F.cross_entropy(pred.flatten(0, -2), targ.flatten(), **kwargs)
 
-# %% ../nbs/02b_metrics.ipynb #cdfabdb6
+# %% ../nbs/02b_metrics.ipynb #76df1d1c
 def count_targets(
     learn # A learner, or anything with its `yb`
 ) -> torch.Tensor: # Without dimensions, on the device of the batch
@@ -63,7 +63,7 @@ class TokenAccuracy(TokenLoss):
         self.total += (learn.pred.argmax(-1) == learn.yb[0]).sum()
         self.count += count_targets(learn)
 
-# %% ../nbs/02b_metrics.ipynb #76ef7b2f
+# %% ../nbs/02b_metrics.ipynb #a1986c33
 def drop_padding(
     targ:torch.Tensor, # Targets, shape (...)
     *others:torch.Tensor # What belongs to the targets, each of shape (..., any)
@@ -99,7 +99,7 @@ class TokenMetric(Metric):
     @property
     def name(self): return self.metric.name
 
-# %% ../nbs/02b_metrics.ipynb #10e2094a
+# %% ../nbs/02b_metrics.ipynb #4814f645
 def per_token(
     metric # A function of predictions and targets, or one of fastai's metrics
 ) -> Metric:
@@ -110,7 +110,7 @@ def per_token(
     if type(metric) is not AvgMetric: return metric
     return TokenAccuracy() if metric.func is accuracy else TokenMetric(metric)
 
-# %% ../nbs/02b_metrics.ipynb #046eaf69
+# %% ../nbs/02b_metrics.ipynb #4e59c48a
 class PredRows(Callback):
     """Lets `get_preds` collect a row for each target, without padding.
 

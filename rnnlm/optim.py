@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ForeachAdam', 'fused_adam']
 
-# %% ../nbs/02c_optim.ipynb #ece8e098
+# %% ../nbs/02c_optim.ipynb #5f7ca562
 import torch
 from fastai.optimizer import Optimizer, OptimWrapper, debias
 
