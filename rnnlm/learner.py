@@ -23,7 +23,7 @@ from .core import find_stateful
 from .metrics import PredRows, TokenLoss, lm_loss, per_token
 from .optim import ForeachAdam, fused_adam
 
-# %% ../nbs/02a_learner.ipynb #8f0f6000
+# %% ../nbs/02a_learner.ipynb #4c8584b5
 _all_ = ['lm_loss', 'ForeachAdam', 'fused_adam']
 
 # %% ../nbs/02a_learner.ipynb #399ca031
@@ -85,7 +85,7 @@ class QuickCast(CastToTensor):
         batch = (*self.learn.xb, *self.learn.yb)
         if any(type(o) is not torch.Tensor for o in batch): super().before_batch()
 
-# %% ../nbs/02a_learner.ipynb #b476f857
+# %% ../nbs/02a_learner.ipynb #49101777
 def overlaps(
     dl # Any loader
 ) -> bool:
@@ -99,7 +99,7 @@ def read_once(
     "`dl`; if its windows overlap, one with windows of the same length that do not"
     return dl.new(stride=None) if overlaps(dl) else dl
 
-# %% ../nbs/02a_learner.ipynb #da0b3d9b
+# %% ../nbs/02a_learner.ipynb #c8e34138
 class TokenLearner(LeanLearner):
     "A `LeanLearner` whose losses, metrics and predictions are those of single tokens"
     def __init__(self, *args, cbs=None, default_cbs:bool=True, **kwargs):
@@ -148,7 +148,7 @@ class TokenLearner(LeanLearner):
         if not reorder: return res
         return nested_reorder(res, rows.reading_order(places))
 
-# %% ../nbs/02a_learner.ipynb #b7c1a898
+# %% ../nbs/02a_learner.ipynb #6d27f10e
 class RNNLearner(TokenLearner):
     """fastai's `Learner` for a language model, with the same callbacks and methods.
 
@@ -204,7 +204,7 @@ class RNNLearner(TokenLearner):
                  f'callbacks: {callbacks}', f'metrics: {metrics}']
         return '\n  '.join(lines)
 
-# %% ../nbs/02a_learner.ipynb #345432fb
+# %% ../nbs/02a_learner.ipynb #abe919a7
 _KEEPS_GRAPH = (
     "{} keeps a state with its graph, and the gradient runs into the batch before: "
     "derive the model from StatefulLM, which keeps the state, or detach what it keeps "
