@@ -1,4 +1,4 @@
-"""A browser for the tests of the site: `python -m docs.browser` finds one, or installs it.
+"""A browser for the tests of the site: `python -m docs.browser` finds or installs one.
 
 Debian's package where apt-get can install it, else Playwright's own download."""
 import os, shutil, subprocess, sys

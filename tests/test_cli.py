@@ -41,7 +41,7 @@ def test_same_seed_same_result():
     (dict(bs=99999), 'bs must be from 1 to 4207'),
     (dict(epochs=0), 'epochs must be at least 1'),
     (dict(n_hidden=-1), 'n_hidden must be at least 1'),
-    (dict(save='/proc/models'), "save must be a folder to write to, got '/proc/models'")])
+    (dict(save='/proc/x'), "save must be a folder to write to, got '/proc/x'")])
 def test_bad_option(options, message, capsys):
     with pytest.raises(CliError, match=message): demo(**options)
     assert 'epochs:' not in capsys.readouterr().out  # before any training
@@ -52,7 +52,7 @@ def test_bad_option_ends_the_command():
     assert 'Traceback' not in res.stderr and 'epochs:' not in res.stdout
 
 def stopped_at(text, *args):
-    "Run the demo, press Ctrl-C when it has printed `text`; its exit code and its output"
+    "Run the demo, press Ctrl-C when it has printed `text`; its exit code and output"
     def heed():  # tests in the background inherit that it is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen([*script, *args], stdout=subprocess.PIPE, text=True, env=env,
@@ -66,8 +66,8 @@ def stopped_at(text, *args):
     return proc.returncode, out
 
 def test_ctrl_c_reports_what_was_trained(tmp_path):
-    options = '--epochs', '40', '--n-hidden', '8', '--bs', '500', '--save', str(tmp_path)
-    code,out = stopped_at('LMModel3, epochs: 40', *options)
+    options = '--epochs 40 --n-hidden 8 --bs 500 --save'.split()
+    code,out = stopped_at('LMModel3, epochs: 40', *options, str(tmp_path))
     assert code == 130 and 'Traceback' not in out
     assert 'Interrupted: LMModel3 finished' in out and 'LMModel2 goes on:' in out
     assert 'LMModel2.pt' in [p.name for p in tmp_path.iterdir()]

@@ -31,7 +31,7 @@ def model():
     return LastState(30, 8)
 
 def fit(rank, store, results):
-    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
+    dist.init_process_group('gloo', f'file://{store}', rank=rank, world_size=2)
     net = model()
     dls = DataLoaders.from_dsets(part(rank), part(rank)[:0], bs=BS, shuffle=False,
                                  drop_last=True, num_workers=0, device='cpu')
@@ -67,4 +67,4 @@ def test_each_process_has_its_own_state(tmp_path):
         for k in weights: close(w[k], weights[k], eps=1e-5)
         close(last, state, eps=1e-4)
         assert end is None
-    assert (states[0]-states[1]).abs().max() > .01  # they would differ if they were shared
+    assert (states[0]-states[1]).abs().max() > .01  # they are not shared

@@ -24,7 +24,8 @@ def test_committed_outputs(path):
     "The committed notebook was executed, without a warning or an error"
     outputs = [o for c in read(path).cells for o in c.get('outputs', [])]
     assert outputs
-    assert not [o for o in outputs if o.output_type == 'error' or o.get('name') == 'stderr']
+    assert 'error' not in [o.output_type for o in outputs]
+    assert 'stderr' not in [o.get('name') for o in outputs]
 
 @each()
 def test_executed_as_it_is(path):

@@ -28,8 +28,8 @@ def wheel(tmp_path_factory):
 def installed(wheel, tmp_path_factory):
     "A folder into which the wheel is installed"
     folder = tmp_path_factory.mktemp('installed')
-    pip = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', folder]
-    subprocess.run([*pip, wheel], check=True)
+    pip = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps']
+    subprocess.run([*pip, '--target', folder, wheel], check=True)
     return folder
 
 def test_metadata(wheel):
@@ -77,8 +77,8 @@ PUBLIC = {
     'bptt': 'TBPTT BPT3C grad_horizon truncation_bias',
     'train': 'rnn_learner numbers_learner continue_text',
     'learner': 'rnn_learner lm_loss',
-    'plot': 'plot_loop plot_unrolled plot_windows plot_chunks animate_chunks plot_state '
-            'color_text sort_units plot_loss_text plot_horizon plot_run',
+    'plot': 'plot_loop plot_unrolled plot_windows plot_chunks animate_chunks '
+            'plot_state color_text sort_units plot_loss_text plot_horizon plot_run',
     'all': 'TokenStream StatefulLM demo'}
 
 def test_public_names_stay_where_they_are():
