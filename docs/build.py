@@ -12,7 +12,7 @@ from docs.api import api_page, entry, link_names, source_pages
 
 root = Path(__file__).parent.parent
 nbs,proc,site = root/'nbs',root/'_proc',root/'_docs'
-# The sidebar: each caption with the pages under it, in the order of these patterns, then
+# The sidebar: each caption with the pages under it, in the order of the patterns, then
 # of their names
 SECTIONS = {
     'The ladder of ideas': '0[0-5]_*',
