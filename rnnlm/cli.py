@@ -18,7 +18,7 @@ from .train import continue_text, numbers_learner
 
 # %% ../nbs/06a_cli.ipynb #cli00005
 def _writable(folder):
-    "`folder` as a Path, made if it is missing; `CliError` if nothing can be written there"
+    "`folder` as a Path, made if missing; `CliError` if nothing can be written there"
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -53,12 +53,14 @@ def _train(
     except KeyboardInterrupt: interrupted = True
     seconds = time.perf_counter()-start
     done = getattr(learn.recorder, 'values', [])
-    if interrupted: print(f'\nInterrupted: {name} finished {len(done)} of {n_epoch} epochs')
+    if interrupted:
+        print(f'\nInterrupted: {name} finished {len(done)} of {n_epoch} epochs')
     if not done: return None,interrupted
     train_loss,valid_loss,accuracy = done[-1]
+    perplexity = torch.tensor(valid_loss).exp().item()
     row = {'model': name, 'epochs': len(done), 'train loss': train_loss,
-           'valid loss': valid_loss, 'perplexity': torch.tensor(valid_loss).exp().item(),
-           'accuracy': accuracy, 'seconds': seconds}
+           'valid loss': valid_loss, 'perplexity': perplexity, 'accuracy': accuracy,
+           'seconds': seconds}
     return row,interrupted
 
 # %% ../nbs/06a_cli.ipynb #a14461f8
@@ -67,7 +69,8 @@ _RECIPES = {LMModel2: (8, 1e-3), LMModel3: (10, 3e-3)}  # epochs, maximal learni
 def _report(rows):
     "Print the rows as a table, and return it"
     table = pd.DataFrame(rows)
-    digits = {'train loss': 3, 'valid loss': 3, 'perplexity': 2, 'accuracy': 3, 'seconds': 1}
+    digits = {'train loss': 3, 'valid loss': 3, 'perplexity': 2, 'accuracy': 3,
+              'seconds': 1}
     print('\n' + table.round(digits).to_string(index=False))
     return table
 
@@ -95,15 +98,15 @@ def _go_on(learn, row, seed):
 # %% ../nbs/06a_cli.ipynb #cli00013
 @call_parse
 def demo(
-    epochs:int=None, # Epochs of each model (default: 8 for LMModel2, 10 for LMModel3)
+    epochs:int=None, # Epochs of each model (default: 8 and 10)
     bs:int=64, # Batch size
     n_hidden:int=64, # Size of the hidden state
-    lr:float=None, # Maximal learning rate (default: 1e-3 for LMModel2, 3e-3 for LMModel3)
+    lr:float=None, # Maximal learning rate (default: 1e-3 and 3e-3)
     seed:int=42, # Seed of the weights and of the sample
     save:str=None # Folder for the trained weights, a .pt file for each model
 ):
-    """Train LMModel2 (forgets) and LMModel3 (remembers) on human numbers, compare them, and
-    go on counting"""
+    """Train LMModel2 (forgets) and LMModel3 (remembers) on human numbers, compare them,
+    and go on counting"""
     try:
         if epochs is not None: check_int('epochs', epochs)
         if lr is not None and not 0 < lr < math.inf:

@@ -23,7 +23,7 @@ _all_ = ['rnn_learner']
 
 # %% ../nbs/06_train.ipynb #8e9c2fc2
 def numbers_learner(
-    arch:type, # `LMModel2`, `LMModel3`, or another class that takes (vocab_sz, n_hidden)
+    arch:type, # `LMModel2`, `LMModel3`, or another that takes (vocab_sz, n_hidden)
     bs:int=64, # Batch size, from 1 to the number of validation samples
     n_hidden:int=64, # Size of the hidden state
     seed:int=42 # Seed of the weights
@@ -31,8 +31,8 @@ def numbers_learner(
     """A `Learner` of `arch` on human numbers, in samples of 3 tokens, the first 80 % of
     them for training.
 
-    Raises `TypeError` or `ValueError` for a `bs` or `n_hidden` that is no whole number or
-    out of range. Source of the recipe: Howard & Gugger 2020, chapter 12."""
+    Raises `TypeError` or `ValueError` for a `bs` or `n_hidden` that is no whole number
+    or out of range. Source of the recipe: Howard & Gugger 2020, chapter 12."""
     stream,sl = human_numbers_stream(),3
     n_samples = (len(stream)-1)//sl
     n_train = int(n_samples*0.8)
@@ -42,7 +42,8 @@ def numbers_learner(
         dls = stream.dataloaders(bs, sl, target='last', drop_last=True, verbose=False)
     else:
         seqs = lm_seqs(stream, sl)
-        dls = DataLoaders.from_dsets(seqs[:n_train], seqs[n_train:], bs=bs, shuffle=False,
+        train,valid = seqs[:n_train],seqs[n_train:]
+        dls = DataLoaders.from_dsets(train, valid, bs=bs, shuffle=False,
                                      drop_last=False, num_workers=0)
         dls.vocab = stream.vocab
     set_seed(seed)
@@ -51,7 +52,7 @@ def numbers_learner(
 # %% ../nbs/06_train.ipynb #92f5e86d
 @torch.no_grad()
 def continue_text(
-    model:torch.nn.Module, # Gives logits (bs, vocab_sz), or (bs, sl, vocab_sz) after every token
+    model:torch.nn.Module, # Gives logits (bs, vocab_sz), or (bs, sl, vocab_sz)
     vocab, # Sequence of tokens
     prompt:str='one . two . three .', # To go on from, its tokens separated by spaces
     n:int=20, # Number of tokens to draw, at least 1
@@ -76,9 +77,9 @@ def continue_text(
         for _ in range(n):
             if with_memory is None: out = model(ids[:,-sl:])
             else: out,state = with_memory.read(x, state)
-            logits = out[:,-1] if out.ndim > 2 else out               # (1, vocab_sz)
+            logits = out[:,-1] if out.ndim > 2 else out      # (1, vocab_sz)
             probs = F.softmax(logits, dim=-1)
-            x = torch.multinomial(probs, 1, generator=rng)            # (1, 1)
-            ids = torch.cat([ids, x], dim=1)                          # all tokens so far
+            x = torch.multinomial(probs, 1, generator=rng)   # (1, 1)
+            ids = torch.cat([ids, x], dim=1)                 # all tokens so far
     finally: model.train(training)
     return ' '.join(vocab[i] for i in ids[0,len(words):].tolist())

@@ -1,5 +1,5 @@
-"""What is made from the notebooks is made from these: the modules, the clean notebooks, the
-README."""
+"""What is made from the notebooks is made from these: the modules, the README; and they
+are clean."""
 import shutil, subprocess, sys
 from pathlib import Path
 import pytest
