@@ -18,6 +18,7 @@ setup(
     license_expression=cfg['license'],
     python_requires='>=' + cfg['min_python'],
     packages=[cfg['lib_name']],
+    package_data={cfg['lib_name']: ['py.typed']},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].splitlines(),

@@ -1,5 +1,5 @@
 "Build the site from the notebooks into _docs: `python -m docs.build`"
-import re, shutil, sys
+import ast, re, shutil, sys
 from configparser import ConfigParser
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,86 +12,128 @@ from docs.api import api_page, entry, link_names, source_pages
 
 root = Path(__file__).parent.parent
 nbs,proc,site = root/'nbs',root/'_proc',root/'_docs'
-SECTIONS = {  # the sidebar: each caption with the pages under it, in the order of these patterns, then of their names
+# The sidebar: each caption with the pages under it, in the order of the patterns, then
+# of their names
+SECTIONS = {
     'The ladder of ideas': '0[0-5]_*',
-    'Library': '0?[a-z]_* 06_*',
+    'Library': '0[0-5][a-z]_* 06_* 06[a-z]_* 0[7-9][a-z]_*',
     'API': 'api',
-    'Tutorials': 'tutorials/your_text tutorials/hugging_face tutorials/truncation* tutorials/reading* tutorials/*',
+    'Tutorials': 'tutorials/your_text tutorials/hugging_face tutorials/truncation* '
+                 'tutorials/reading* tutorials/*',
     'Benchmarks': 'benchmarks/*',
 }
 TOCTREE = '```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```'
 
 def sections(pages):
     "{caption: its pages in reading order}; each page stands in one section"
-    res = {caption: [*dict.fromkeys(p for o in globs.split() for p in sorted(pages) if fnmatch(p, o))] for caption,globs in SECTIONS.items()}
+    pages = sorted(pages)
+    def matching(globs):
+        found = [p for pattern in globs.split() for p in pages if fnmatch(p, pattern)]
+        return [*dict.fromkeys(found)]
+    res = {caption: matching(globs) for caption,globs in SECTIONS.items()}
     for p in pages:
-        if sum(p in o for o in res.values()) != 1: raise ValueError(f"{p} must be in one section of the site, see SECTIONS in docs/build.py")
+        if sum(p in o for o in res.values()) != 1:
+            raise ValueError(f"{p} must be in one section of the site, see SECTIONS in "
+                             "docs/build.py")
     return res
 
 def links(page):
     "Where to get the notebook of `page` and where to run it, as buttons"
-    res = [f'<a href="{"../"*page.count("/")}notebooks/{page}.ipynb" download>Download notebook</a>']
-    if repo: res.insert(0, f'<a href="https://colab.research.google.com/github/{repo}/blob/gh-pages/notebooks/{page}.ipynb">Open in Colab</a>')
-    return f'<p class="notebook-links">{" ".join(res)}</p>'
+    file = f'{"../"*page.count("/")}notebooks/{page}.ipynb'
+    res = f'<a href="{file}" download>Download notebook</a>'
+    if repo:
+        colab = 'https://colab.research.google.com/github'
+        file = f'{colab}/{repo}/blob/gh-pages/notebooks/{page}.ipynb'
+        res = f'<a href="{file}">Open in Colab</a> {res}'
+    return f'<p class="notebook-links">{res}</p>'
 
 def top(title, description, page=None):
     "The first lines of a page"
     return f'# {title}\n\n{{.lead}}\n{description}\n\n' + (links(page) if page else '')
 
+def is_style(output):
+    "Whether `output` is the style sheet of fastai's progress bar"
+    html = output.get('data', {}).get('text/html', '')
+    return html.lstrip().startswith('<style>\n    progress')
+
 def prepare_code(c):
-    "What the `#|` lines of a code cell say becomes what MyST-NB understands; of the outputs, what a page can show"
+    """What the `#|` lines of a code cell say becomes what MyST-NB understands; of the
+    outputs, what a page can show"""
     says = dict(re.findall(r'^#\|\s*([\w-]+):\s*(.*)', c.source, re.M))
     c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
-    if says.get('echo') == 'false' or not c.source.strip(): c.metadata.tags = ['remove-input']
+    is_hidden = says.get('echo') == 'false' or not c.source.strip()
+    if is_hidden: c.metadata.tags = ['remove-input']
     alt = says.get('fig-alt', '').strip('"')
     if alt: c.metadata.mystnb = {'image': {'alt': alt}}
-    c.outputs = [o for o in c.outputs if not o.get('data', {}).get('text/html', '').lstrip().startswith('<style>\n    progress')]
+    c.outputs = [o for o in c.outputs if not is_style(o)]
+
+def only_imports(source):
+    try: statements = ast.parse(source).body
+    except SyntaxError: return False  # a magic
+    kinds = ast.Import, ast.ImportFrom
+    return bool(statements) and all(isinstance(o, kinds) for o in statements)
+
+def to_markdown(c, source):
+    "Make the code cell `c` one of prose"
+    c.cell_type,c.source = 'markdown',source
+    del c['outputs'], c['execution_count']
 
 def fold_imports(c):
     "A cell of nothing but imports, to unfold"
-    c.cell_type,c.source = 'markdown',f'<details><summary>Imports</summary>\n\n```python\n{c.source}\n```\n\n</details>'
-    del c['outputs'], c['execution_count']
+    code = f'```python\n{c.source}\n```'
+    to_markdown(c, f'<details><summary>Imports</summary>\n\n{code}\n\n</details>')
 
 def show_names(nb):
-    "The `show_doc(name)` that nbdev puts after each exported definition, as the entry of the name"
+    """The `show_doc(name)` that nbdev puts after each exported definition, as the entry
+    of the name"""
     for c in nb.cells:
         m = re.search(r'^show_doc\(([\w.]+)\)', c.source, re.M)
-        if m and c.cell_type == 'code':
-            c.cell_type,c.source = 'markdown',entry(m[1])
-            del c['outputs'], c['execution_count']
+        if m and c.cell_type == 'code': to_markdown(c, entry(m[1]))
 
 def prepare(nb, page):
-    "Make a notebook that nbdev has processed one that Sphinx can read; returns its title and description"
+    """Make a notebook that nbdev has processed one that Sphinx can read; returns its
+    title and description"""
     for c in nb.cells:
         if c.cell_type == 'raw':  # nbdev's, of the notebook's first lines
             front = next(yaml.safe_load_all(c.source))
-            c.cell_type,c.source = 'markdown',top(front['title'], front['description'], page)
+            c.cell_type = 'markdown'
+            c.source = top(front['title'], front['description'], page)
         if c.cell_type == 'code':
             prepare_code(c)
-            if page != 'index' and re.fullmatch(r'((from|import) .*(\n|$))+', c.source) and not c.outputs: fold_imports(c)
+            is_folded = page != 'index' and not c.outputs and only_imports(c.source)
+            if is_folded: fold_imports(c)
         else: c.source = link_names(c.source)
     description = re.sub(r'[`*]', '', front['description'])
-    nb.metadata = nbformat.from_dict({'language_info': {'name': 'python', 'pygments_lexer': 'python'},
-                                      'myst': {'html_meta': {'description': description}}})
+    nb.metadata = nbformat.from_dict({
+        'language_info': {'name': 'python', 'pygments_lexer': 'python'},
+        'myst': {'html_meta': {'description': description}}})
     return front['title'],description
 
 def toctree(contents):
     "The sidebar, a hidden cell at the end of the home page"
-    toc = [TOCTREE % ('Start', 'Home <self>')] + [TOCTREE % (k, '\n'.join(v)) for k,v in contents.items() if v]
+    parts = {'Start': ['Home <self>']} | contents
+    toc = [TOCTREE % (k, '\n'.join(pages)) for k,pages in parts.items() if pages]
     return nbformat.v4.new_markdown_cell('\n\n'.join(toc))
 
-def download(page):
-    "Copy the notebook of `page` to the site with a first cell that installs what it needs"
-    nb = nbformat.read(nbs/f'{page}.ipynb', as_version=4)
+def install_line(nb):
+    "What the copy of a notebook installs: rnnlm, and what else its cells import"
+    if not repo: return '# in a clone of the repository: pip install .'
     config = ConfigParser(delimiters=['='], interpolation=None)
     config.read(root/'settings.ini')
-    imports = '\n'.join(re.findall(r'^(?:from|import) .*', '\n'.join(c.source for c in nb.cells if c.cell_type == 'code'), re.M))
-    extra = [o for o in re.findall(r'[\w-]+', config['DEFAULT']['dev_requirements']) if re.search(rf'\b{o}\b', imports)]
-    install = f'%pip install -q {" ".join([f"git+https://github.com/{repo}"]+extra)}' if repo else '# in a clone of the repository: pip install .'
-    nb.cells.insert(0, nbformat.v4.new_code_cell(install))
+    known = re.findall(r'[\w-]+', config['DEFAULT']['dev_requirements'])
+    code = '\n'.join(c.source for c in nb.cells if c.cell_type == 'code')
+    imports = '\n'.join(re.findall(r'^(?:from|import) .*', code, re.M))
+    extra = [o for o in known if re.search(rf'\b{o}\b', imports)]
+    return ' '.join(['%pip install -q', f'git+https://github.com/{repo}', *extra])
+
+def download(page):
+    "Copy the notebook of `page` to the site, its first cell installing what it needs"
+    nb = nbformat.read(nbs/f'{page}.ipynb', as_version=4)
+    nb.cells.insert(0, nbformat.v4.new_code_cell(install_line(nb)))
     if base_url:  # a copy stands alone: its links lead to the site
         def to_site(m): return f']({urljoin(base_url+page, m[1])}.html{m[2] or ""})'
-        for c in nb.cells: c.source = re.sub(r'\]\((?!\w+:)([\w./-]+)\.ipynb(#[^)]*)?\)', to_site, c.source)
+        to_notebook = r'\]\((?!\w+:)([\w./-]+)\.ipynb(#[^)]*)?\)'
+        for c in nb.cells: c.source = re.sub(to_notebook, to_site, c.source)
     dst = site/'notebooks'/f'{page}.ipynb'
     dst.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, dst)
@@ -101,15 +143,26 @@ def llms_txt(contents, about):
     title,description = about['index']
     res = [f'# {title}\n\n> {description}']
     for caption,pages in contents.items():
-        if pages: res.append('\n'.join([f'## {caption}\n'] + ['- [{1}]({0}): {2}'.format(f'{base_url}{p}.html', *about[p]) for p in pages]))
+        if not pages: continue
+        lines = [f'## {caption}\n']
+        for p in pages:
+            title,description = about[p]
+            lines.append(f'- [{title}]({base_url}{p}.html): {description}')
+        res.append('\n'.join(lines))
     (site/'llms.txt').write_text('\n\n'.join(res) + '\n', encoding='utf-8')
+
+def processed():
+    "{page: the notebook as nbdev has processed it}"
+    proc_nbs(str(nbs), n_workers=0)
+    return {str(p.relative_to(proc).with_suffix('')): nbformat.read(p, as_version=4)
+            for p in sorted(proc.rglob('*.ipynb'))}
 
 def main():
     "Process, prepare, render; returns Sphinx's exit code, not 0 on any warning"
     for d in proc,site: shutil.rmtree(d, ignore_errors=True)
-    if not repo: print('GITHUB_REPOSITORY=owner/name is not set: no links to Colab, no sitemap')
-    proc_nbs(str(nbs), n_workers=0)
-    notebooks = {str(p.relative_to(proc).with_suffix('')): nbformat.read(p, as_version=4) for p in sorted(proc.rglob('*.ipynb'))}
+    if not repo:
+        print('GITHUB_REPOSITORY=owner/name is not set: no links to Colab, no sitemap')
+    notebooks = processed()
     for nb in notebooks.values(): show_names(nb)
     about = {page: prepare(nb, page) for page,nb in notebooks.items()}
     about['api'] = 'Names by module',api_page(proc, root/'rnnlm', top)
@@ -117,10 +170,11 @@ def main():
     contents = sections([p for p in about if p != 'index'])
     notebooks['index'].cells.append(toctree(contents))
     for page,nb in notebooks.items(): nbformat.write(nb, proc/f'{page}.ipynb')
-    failed = sphinx(['-q', '-W', '--keep-going', '-c', str(root/'docs'), '-d', str(proc/'.doctrees'), str(proc), str(site)])
+    options = ['-q', '-W', '--keep-going', '-c', root/'docs', '-d', proc/'.doctrees']
+    failed = sphinx([str(o) for o in (*options, proc, site)])
     for page in notebooks: download(page)
     llms_txt(contents, about)
-    shutil.rmtree(root/'jupyter_execute', ignore_errors=True)  # MyST-NB's, of no use without execution
+    shutil.rmtree(root/'jupyter_execute', ignore_errors=True)  # MyST-NB's, not used
     return failed
 
 if __name__ == '__main__': sys.exit(main())

@@ -1,4 +1,4 @@
 import sys
-from rnnlm.train import demo
+from rnnlm.cli import demo
 
 sys.exit(demo())

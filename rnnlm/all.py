@@ -10,5 +10,6 @@ from rnnlm.bptt import *
 from rnnlm.horizon import *
 from rnnlm.learner import *
 from rnnlm.train import *
+from rnnlm.cli import *
 from rnnlm.draw import *
 from rnnlm.plot import *

@@ -1,4 +1,5 @@
-"Two processes under DistributedDataParallel: one set of weights, and to each its own hidden state."
+"""Two processes under DistributedDataParallel: one set of weights, and to each its own
+hidden state."""
 from functools import partial
 import torch, torch.distributed as dist, torch.multiprocessing as mp
 import torch.nn.functional as F
@@ -19,22 +20,23 @@ def part(rank):
     seqs = lm_seqs(human_numbers_stream()[:1201], sl=3)
     return group_chunks(seqs[200*rank:200*(rank+1)], BS)
 
-def model():
-    torch.manual_seed(0)
-    return LMModel3(30, 8)
-
 class LastState(LMModel3):
     "Keeps the state that it had before it was last told to forget"
     def reset(self):
-        if self.h is not None: self.last = self.h
+        if self.state is not None: self.last = self.state
         super().reset()
 
+def model():
+    torch.manual_seed(0)
+    return LastState(30, 8)
+
 def fit(rank, store, results):
-    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
-    net = model(); net.__class__ = LastState
-    dls = DataLoaders.from_dsets(part(rank), part(rank)[:0], bs=BS, shuffle=False, drop_last=True, num_workers=0, device='cpu')
-    learn = Learner(dls, DistributedDataParallel(net), loss_func=F.cross_entropy, opt_func=partial(SGD, mom=0.),
-                    cbs=StateResetter)
+    dist.init_process_group('gloo', f'file://{store}', rank=rank, world_size=2)
+    net = model()
+    dls = DataLoaders.from_dsets(part(rank), part(rank)[:0], bs=BS, shuffle=False,
+                                 drop_last=True, num_workers=0, device='cpu')
+    learn = Learner(dls, DistributedDataParallel(net), loss_func=F.cross_entropy,
+                    opt_func=partial(SGD, mom=0.), cbs=StateResetter)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, lr=LR)
     torch.save((net.state_dict(), net.last, net.state), f'{results}/{rank}.pt')
     dist.destroy_process_group()
@@ -58,9 +60,11 @@ def by_hand():
 
 def test_each_process_has_its_own_state(tmp_path):
     mp.spawn(fit, args=(tmp_path/'store', tmp_path), nprocs=2)
-    (w0,last0,end0),(w1,last1,end1) = (torch.load(tmp_path/f'{rank}.pt') for rank in (0, 1))
+    results = [torch.load(tmp_path/f'{rank}.pt') for rank in (0, 1)]
     weights,states = by_hand()
-    for k in weights: equal(w0[k], w1[k]); close(w0[k], weights[k], eps=1e-5)
-    close(last0, states[0], eps=1e-4); close(last1, states[1], eps=1e-4)
-    assert (states[0]-states[1]).abs().max() > .01  # the two would differ if they were shared
-    assert end0 is None and end1 is None
+    for k in weights: equal(results[0][0][k], results[1][0][k])  # one set of weights
+    for (w,last,end),state in zip(results, states):
+        for k in weights: close(w[k], weights[k], eps=1e-5)
+        close(last, state, eps=1e-4)
+        assert end is None
+    assert (states[0]-states[1]).abs().max() > .01  # they are not shared
