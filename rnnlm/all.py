@@ -4,6 +4,7 @@ from rnnlm.text import *
 from rnnlm.data import *
 from rnnlm.state import *
 from rnnlm.models import *
+from rnnlm.adapters import *
 from rnnlm.callback import *
 from rnnlm.bptt import *
 from rnnlm.horizon import *

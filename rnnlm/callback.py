@@ -14,33 +14,35 @@ class StateResetter(Callback):
     """Resets the model's state at the start of each epoch's training and of each
     validation, and after fit; tells a `StreamDL` which epoch begins.
 
-    Validation and prediction give back the state that they found, also in the middle of an
-    epoch. (A model with `reset()` but no `state` to read and set, as fastai's own, is reset
-    after them instead.) Raises `TypeError` at the start of `fit` for a model without
-    `reset()`."""
+    Validation and prediction give back the state that they found, also in the middle of
+    an epoch. (A model with `reset()` but no `state` to read and set, as fastai's own,
+    is reset after them instead.) Raises `TypeError` at the start of `fit` for a model
+    without `reset()`."""
     order = -20  # before fastai's `TrainEvalCallback`, which resets in `before_fit`
     def before_fit(self):
-        self.state_before_fit = self._state()
+        self.state_before_fit = self._held()
         self.has_trained = False  # `validate` and `get_preds` are fits without training
     def before_train(self):
         self.has_trained = True
-        self._module().reset()
+        self._stateful().reset()
         if hasattr(self.dl, 'set_epoch'): self.dl.set_epoch(self.epoch)
     def before_validate(self):
-        self.state_before_validate = self._state()
-        self._module().reset()
+        self.state_before_validate = self._held()
+        self._stateful().reset()
     def after_validate(self): self._restore(self.state_before_validate)
-    def after_fit(self): self._restore(None if self.has_trained else self.state_before_fit)
+    def after_fit(self):
+        self._restore(None if self.has_trained else self.state_before_fit)
 
-    def _module(self): return find_stateful(self.model, 'StateResetter', 'reset')
-    def _state(self): return getattr(self._module(), 'state', None)
+    def _stateful(self): return find_stateful(self.model, 'StateResetter', 'reset')
+    def _held(self): return getattr(self._stateful(), 'state', None)
     def _restore(self, state):
-        self._module().reset()
-        if state is not None: self._module().state = state
+        if state is None: self._stateful().reset()
+        else: self._stateful().state = state
 
 # %% ../nbs/02_callback.ipynb #ca9df581
 class LengthLR(Callback):
-    """Scales the learning rate of each training batch by its length over the loader's `sl`.
+    """Scales the learning rate of each training batch by its length over the loader's
+    `sl`.
 
     Source: Merity et al. 2018, section 4.1."""
     order = 61  # after `ParamScheduler` has set the rate
