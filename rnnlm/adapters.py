@@ -45,7 +45,9 @@ class AWDLM(StatefulLM):
     def _draw(self, x):
         "The embeddings, and a mask for the input of each layer and of the decoder"
         awd,decoder = self.model
-        for rnn in awd.rnns: rnn._setweights()
+        for rnn in awd.rnns:
+            drops = rnn.training and rnn.weight_p > 0
+            rnn._setweights() if drops else rnn.reset()
         vocab = torch.arange(awd.encoder.num_embeddings, device=x.device)
         table = awd.encoder_dp(vocab)
         sizes = [rnn.module.input_size for rnn in awd.rnns]
