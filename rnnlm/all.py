@@ -9,5 +9,8 @@ from rnnlm.bptt import *
 from rnnlm.horizon import *
 from rnnlm.learner import *
 from rnnlm.train import *
-from rnnlm.draw import *
+from rnnlm.diagrams import *
+from rnnlm.chunks import *
+from rnnlm.reading import *
+from rnnlm.shading import *
 from rnnlm.plot import *
