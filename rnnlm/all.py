@@ -16,5 +16,8 @@ from rnnlm.optim import *
 from rnnlm.learner import *
 from rnnlm.train import *
 from rnnlm.cli import *
-from rnnlm.draw import *
+from rnnlm.diagrams import *
+from rnnlm.chunks import *
+from rnnlm.reading import *
+from rnnlm.shading import *
 from rnnlm.plot import *

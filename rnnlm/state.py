@@ -79,14 +79,14 @@ class KeepsState(nn.Module):
 
     The state is None, a tensor or a tuple of states, and detached."""
     batch_dim = 0  # the dimension of the state's tensors that counts a batch's rows
-    _state = None
+    _kept = None
 
     @property
     def state(self):
         "None (no memory), a tensor or a tuple of states; detached when set"
-        return self._state
+        return self._kept
     @state.setter
-    def state(self, value): self._state = map_state(torch.Tensor.detach, value)
+    def state(self, value): self._kept = map_state(torch.Tensor.detach, value)
 
     def reset(self):
         "Forget: the next batch starts from no memory"
