@@ -75,7 +75,7 @@ class TBPTT(Callback):
 # %% ../nbs/03_bptt.ipynb #linetokens
 def _line_tokens(dl):
     "The tokens of a line of `dl` that have a target"
-    return (len(dl.dataset)-1-dl.shift)//dl.bs
+    return (len(dl.dataset)-1-dl.shift)//dl.global_bs
 
 def _check_windows(cb, sl, stride):
     "Raise `ValueError` unless the loader's windows are those of `cb`, a `TBPTT`"

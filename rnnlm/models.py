@@ -19,12 +19,12 @@ def check_x(
 ):
     """Raise `ValueError` or `TypeError` unless `x` holds token ids inside the vocab.
 
-    The values are looked at only on a CPU and outside `torch.compile`: elsewhere a look
-    would stall the device at each batch, and a `TokenStream` has looked at them once."""
+    The values are looked at only on a CPU and outside `torch.compile`. Elsewhere a look
+    would stall the device at each batch; a `TokenStream` has looked at them once."""
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError("x must have shape (bs, sl) with at least one row and one "
-                         f"time step, got {tuple(x.shape)}; one text alone becomes x[None], "
-                         "one time step x[:,None]")
+                         f"time step, got {tuple(x.shape)}; one text alone becomes "
+                         "x[None], one time step x[:,None]")
     if x.device.type == 'cpu' and not torch.compiler.is_compiling():
         check_ids(x, vocab_sz, 'x')
 
