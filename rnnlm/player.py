@@ -101,7 +101,8 @@ class MovingPicture(FuncAnimation):
         kinds = [*dict.fromkeys(self.frames)]
         pngs = [self.png(o) for o in kinds]
         order = [str(kinds.index(o)) for o in self.frames]
+        end = pngs[kinds.index(self.frames[-1])]
         self.page = _PLAYER.format(
-            frames=' '.join(pngs), last=pngs[-1], order=' '.join(order),
+            frames=' '.join(pngs), last=end, order=' '.join(order),
             top=len(order)-1, interval=self.interval, alt=html.escape(self.alt))
         return self.page

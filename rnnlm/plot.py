@@ -33,11 +33,12 @@ class _Run:
         rec = getattr(learn, 'recorder', None)
         rows = getattr(rec, 'values', [])
         if not any(map(len, rows)):
-            raise ValueError(f"runs has {name}, which has finished no epoch: fit it first")
+            raise ValueError(f"runs has {name}, which has finished no epoch: fit it "
+                             "first")
         if not rec.losses:
-            raise ValueError(f"runs has {name}, whose recorder holds a validation alone: a "
-                             "plain Learner's validate() empties it, so plot before that, "
-                             "or make it by rnn_learner")
+            raise ValueError(f"runs has {name}, whose recorder holds a validation "
+                             "alone: a plain Learner's validate() empties it, so plot "
+                             "before that, or make it by rnn_learner")
         self.n_epochs = len(rows)
         self.losses = [float(o) for o in rec.losses]
         self.lrs = rec.lrs
@@ -64,8 +65,8 @@ def _by_name(runs):
     runs = [runs] if hasattr(runs, 'recorder') else [*runs]
     names = [type(o.model).__name__ for o in runs]
     if len({*names}) < len(names):
-        raise ValueError(f"runs must have different names, got {', '.join(names)}: make it "
-                         "a dict from name to learner")
+        raise ValueError("runs must have different names, got "
+                         f"{', '.join(names)}: make it a dict from name to learner")
     return dict(zip(names, runs))
 
 # %% ../nbs/05_plot.ipynb #9c0a1d41
@@ -116,7 +117,7 @@ def plot_loss_text(
     return shade_text(text, token_losses(model, text, skip), 'loss (nats)')
 
 def _check_units(units, states):
-    "`units` as whole numbers; raises `TypeError` or `ValueError` unless the state has them"
+    "`units` as ints; raises `TypeError` or `ValueError` unless the state has them"
     for unit in units:
         if not isinstance(unit, (int, np.integer)):
             raise TypeError(f"units must be whole numbers, got {unit!r}")

@@ -48,8 +48,8 @@ def _plot_text(text, ax, width):
             ink = ink_on(color)
             box = Rectangle((x-.1, line-.42), len(token)+.2, .84, fc=color, ec='none')
             ax.add_patch(box)
-        ax.text(x+len(token)/2, line, short_label(token.strip(' ')), color=ink, size=size,
-                ha='center', va='center', family='monospace')
+        ax.text(x+len(token)/2, line, short_label(token.strip(' ')), color=ink,
+                size=size, ha='center', va='center', family='monospace')
     ax.set(xlim=(-.5, width+.5), ylim=(last+.6, -.6))
     ax.axis('off')
     ax.figure.colorbar(text.scale, ax=ax, label=text.name, orientation='horizontal',
@@ -101,8 +101,9 @@ class ShadedText:
         steps = np.linspace(*self.scale.get_clim(), 5)
         scale = ' '.join(_shade(f'{v:.1f}', self.name, self.color(v)) for v in steps)
         listed = ' '.join(_LISTED.format(*o) for o in zip(words, self.numbers))
-        return (f'<div class="rnnlm-text"><p style="white-space:pre-wrap;line-height:2">'
-                f'{text}</p><p>{name}: {scale}</p><details><summary>As numbers</summary>'
+        return ('<div class="rnnlm-text">'
+                f'<p style="white-space:pre-wrap;line-height:2">{text}</p>'
+                f'<p>{name}: {scale}</p><details><summary>As numbers</summary>'
                 f'<p>{listed}</p></details></div>')
 
     def plot(self,
