@@ -194,9 +194,10 @@ def animate_chunks(
     In Jupyter it shows itself with a button and a slider, and needs no network;
     `save('x.gif', writer='pillow')` writes a file. Raises `TypeError` or `ValueError`
     for arguments out of range."""
+    interval = check_int('interval', interval)
     book = _Book(book, bs, sl, n_batches)
     fig = plt.figure(figsize=book.figsize)
     ax = fig.add_axes([.01, .01, .98, .98])
     def draw(frame): _draw_book(ax, book, frame)
-    return MovingPicture(fig, draw, _frames(book.layout.n_columns), book.alt,
-                         check_int('interval', interval))
+    frames = _frames(book.layout.n_columns)
+    return MovingPicture(fig, draw, frames, book.alt, interval)
