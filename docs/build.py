@@ -85,7 +85,9 @@ def fold_imports(c):
 
 def show_names(nb):
     """The `show_doc(name)` that nbdev puts after each exported definition, as the entry
-    of the name"""
+    of the name; special methods, as `__repr__`, have none"""
+    special = re.compile(r'^show_doc\(\w+\.__', re.M)
+    nb.cells = [c for c in nb.cells if not special.search(c.source)]
     for c in nb.cells:
         m = re.search(r'^show_doc\(([\w.]+)\)', c.source, re.M)
         if m and c.cell_type == 'code': to_markdown(c, entry(m[1]))
