@@ -68,10 +68,13 @@ def prepare_code(c):
     c.outputs = [o for o in c.outputs if not is_style(o)]
 
 def only_imports(source):
+    "Is `source` nothing but imports, and the number of threads?"
     try: statements = ast.parse(source).body
     except SyntaxError: return False  # a magic
-    kinds = ast.Import, ast.ImportFrom
-    return bool(statements) and all(isinstance(o, kinds) for o in statements)
+    def is_setup(o):
+        is_import = isinstance(o, (ast.Import, ast.ImportFrom))
+        return is_import or ast.unparse(o).startswith('torch.set_num_threads(')
+    return bool(statements) and all(map(is_setup, statements))
 
 def to_markdown(c, source):
     "Make the code cell `c` one of prose"

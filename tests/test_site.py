@@ -104,6 +104,8 @@ def set_theme(tab, theme):
 RULES = {'light': ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'best-practice'],
          'dark': ['color-contrast']}  # all but the colours is the same
 NO_MOTION = '* { transition: none !important } .tooltip { display: none !important }'
+CUT_OFF = """[...document.querySelectorAll(".cell_input pre")]
+    .filter(o => o.scrollWidth > o.clientWidth).map(o => o.innerText.slice(0, 60))"""
 AXE = """([exclude, runOnly]) =>
     axe.run({exclude}, {resultTypes: ["violations"], runOnly, preload: false})"""
 
@@ -129,6 +131,8 @@ def test_pages_load_fit_a_phone_and_are_accessible(pages, tab, url):
         tab.set_viewport_size({'width': 1280, 'height': 800})
         tab.goto(url+page)
         tab.faults += violations(tab, page)
+        cut = tab.evaluate(CUT_OFF)
+        tab.faults += [f'code is cut off: {line}' for line in cut]
         tab.set_viewport_size({'width': 390, 'height': 844})
         width = tab.evaluate('document.documentElement.scrollWidth')
         if width > 390: tab.faults.append(f'{width} px wide on a phone')
