@@ -10,12 +10,11 @@ import numpy as np, torch
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path
 from torch import nn
-from .bptt import TBPTT
 from .canvas import (
     BACK, OUT, TIME, draw_arrow, draw_box, draw_cut, draw_panel, legend_below,
     legend_cut, legend_line, new_axes, short_label, token_strings)
 from .core import check_int, find_stateful
-from .horizon import evaluating
+from .horizon import check_scheme, evaluating
 from .wiring import Wiring, draw_step
 
 # %% ../nbs/05a_diagrams.ipynb #da000011
@@ -158,9 +157,7 @@ def plot_windows(
     Dark squares are graded for the first time. The arrow from the row above is the
     state that a window starts from. Returns the axes; raises `TypeError` or
     `ValueError` for arguments out of range."""
-    if graded not in ('all', 'new', 'last'):
-        raise ValueError(f"graded must be 'all', 'new' or 'last', got {graded!r}")
-    TBPTT(k1, k2)  # checks both
+    k1,k2 = check_scheme(k1, k2, graded, ('all', 'new', 'last'))
     token_strings(stream, 1)  # checks the stream
     n_tokens = check_int('n_tokens', n_tokens, len(stream), 'the tokens of the stream')
     n_windows = check_int('n_windows', n_windows)
