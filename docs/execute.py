@@ -6,6 +6,11 @@ import nbformat
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
 
+def notebooks(folder):
+    "The paths of the notebooks below `folder`, without Jupyter's checkpoints"
+    found = sorted(folder.rglob('*.ipynb'))
+    return [p for p in found if '.ipynb_checkpoints' not in p.parts]
+
 def run(nb, folder):
     "Execute the notebook `nb` from top to bottom in a fresh kernel, in `folder`"
     NotebookClient(nb, timeout=None, kernel_name='python3', coalesce_streams=True,

@@ -3,12 +3,11 @@ executed."""
 import re
 from pathlib import Path
 import nbformat, pytest
-from docs.execute import fingerprint, run
+from docs.execute import fingerprint, notebooks as all_notebooks, run
 
 nbs = Path(__file__).parent.parent/'nbs'
-notebooks = [p for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
 # the longest first, so that no process has to wait for it alone
-notebooks.sort(key=lambda p: (p.stem != '03_bptt', p))
+notebooks = sorted(all_notebooks(nbs), key=lambda p: (p.stem != '03_bptt', p))
 
 def read(path): return nbformat.read(path, as_version=4)
 def each(paths=notebooks):

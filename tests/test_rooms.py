@@ -3,13 +3,13 @@ that go one way."""
 import ast, os, re, subprocess, sys
 from pathlib import Path
 import nbformat, pytest
+from docs.execute import notebooks as all_notebooks
 
 root = Path(__file__).parent.parent
 modules = {p.stem: p for p in sorted((root/'rnnlm').glob('*.py')) if p.stem[0] != '_'}
 exported = {name: path for name,path in modules.items() if name != 'all'}
 notebooks = {str(p.relative_to(root)): nbformat.read(p, as_version=4).cells
-             for p in sorted((root/'nbs').rglob('*.ipynb'))
-             if '.ipynb_checkpoints' not in p.parts}
+             for p in all_notebooks(root/'nbs')}
 MODULE,CELL,WIDTH = 250,60,88  # lines of a module, of a code cell; characters of a line
 
 def lines(path): return path.read_text(encoding='utf-8').splitlines()

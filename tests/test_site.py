@@ -14,6 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from playwright.sync_api import sync_playwright
 from docs.browser import find
 from docs.build import sections
+from docs.execute import notebooks
 from docs.readme import readme
 
 root = Path(__file__).parent.parent
@@ -183,8 +184,7 @@ def test_notebooks_can_be_had(pages, site):
     """Each page has the links to its notebook: to take away, and to run in Colab; and
     the copy installs rnnlm first"""
     on_colab = 'https://colab.research.google.com/github/owner/rnnlm/blob/gh-pages'
-    paths = [p for p in (root/'nbs').rglob('*.ipynb')
-             if '.ipynb_checkpoints' not in p.parts]
+    paths = notebooks(root/'nbs')
     assert len(paths) > 9
     for path in paths:
         nb = path.relative_to(root/'nbs').with_suffix('')

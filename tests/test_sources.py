@@ -3,15 +3,15 @@ are clean."""
 import shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from docs.execute import notebooks
 from docs.readme import readme
 
 root = Path(__file__).parent.parent
 
 def files(folder):
     "{path: bytes} of the notebooks and modules in `folder`"
-    paths = [*folder.glob('rnnlm/*.py'), *folder.glob('nbs/**/*.ipynb')]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths
-            if '.ipynb_checkpoints' not in p.parts}
+    paths = [*folder.glob('rnnlm/*.py'), *notebooks(folder/'nbs')]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 @pytest.fixture
 def copy(tmp_path):
