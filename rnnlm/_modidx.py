@@ -141,6 +141,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'rnnlm.layout.LinePlace.made_for': ('layout.html#lineplace.made_for', 'rnnlm/layout.py'),
                               'rnnlm.layout.LinePlace.set_epoch': ('layout.html#lineplace.set_epoch', 'rnnlm/layout.py'),
                               'rnnlm.layout.LinePlace.state_dict': ('layout.html#lineplace.state_dict', 'rnnlm/layout.py'),
+                              'rnnlm.layout._apart': ('layout.html#_apart', 'rnnlm/layout.py'),
                               'rnnlm.layout._begins_mask': ('layout.html#_begins_mask', 'rnnlm/layout.py'),
                               'rnnlm.layout._check_layout': ('layout.html#_check_layout', 'rnnlm/layout.py'),
                               'rnnlm.layout._drawn_batches': ('layout.html#_drawn_batches', 'rnnlm/layout.py'),

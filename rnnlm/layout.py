@@ -182,18 +182,28 @@ def _begins_mask(docs, places, n):
         mask[j, docs[from_doc[j]:to_doc[j]]-places[j]] = True
     return mask
 
+# %% ../nbs/00d_layout.ipynb #f47823ec
+def _apart(x, y, docs, places):
+    "The batch (x, begins, y) of rows that begin at `places`: each document by itself"
+    n = x.shape[1]
+    mask = _begins_mask(docs, places, n+1)  # of x, and of the token after it
+    masked = mask[:,1:] if y.ndim > 1 else mask[:,n]
+    if masked.any(): y = y.masked_fill(masked.to(y.device), -100)
+    return x, mask[:,:n], y
+
 # %% ../nbs/00d_layout.ipynb #7ff5c5f2
 def cut_batches(
     layout:LineLayout, # Where the batches lie
     ids:torch.Tensor, # The text: 1-D token ids of any integer dtype
     target:str='all', # 'all': y is x shifted by one; 'last': y is the token after x
-    docs:np.ndarray=None, # Sorted places where documents begin, for a mask of them
+    docs:np.ndarray=None, # Sorted places where documents begin, to keep them apart
     start:int=0 # The number of the first batch to give
 ):
     """A generator of the layout's batches: int64 x (bs, sl) and y (bs, sl) or (bs,).
 
-    With `docs` a batch is (x, begins, y), begins (bs, sl) true where a document begins.
-    Those of int64 `ids` are views of it. Padding has the target -100."""
+    With `docs` a batch is (x, begins, y), begins (bs, sl) true where a document begins,
+    and a token that begins one is no target: y is -100 there. Padding has the target
+    -100, too. x and y of int64 `ids` are views of it, y where nothing is left out."""
     first = int(layout.row_places(0)[0])
     n = layout.bs*layout.line
     lines_x = ids[first:first+n].view(layout.bs, layout.line)
@@ -205,7 +215,7 @@ def cut_batches(
         y = lines_y[:,a:b] if target == 'all' else lines_y[:,a:b][:,-1]
         if not is_long: x, y = x.long(), y.long()
         if docs is None: yield x, y
-        else: yield x, _begins_mask(docs, layout.row_places(i), x.shape[1]), y
+        else: yield _apart(x, y, docs, layout.row_places(i))
     if not layout.tail or start == len(layout): return
     x = ids.new_zeros(layout.bs, layout.tail, dtype=torch.long)
     y = torch.full_like(x, -100)
@@ -214,4 +224,4 @@ def cut_batches(
         y[-1] = ids[-layout.tail:].long()
     if target == 'last': y = y[:,-1]
     if docs is None: yield x, y
-    else: yield x, _begins_mask(docs, layout.row_places(len(layout)-1), layout.tail), y
+    else: yield _apart(x, y, docs, layout.row_places(len(layout)-1))
