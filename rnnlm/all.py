@@ -4,6 +4,7 @@ from rnnlm.store import *
 from rnnlm.text import *
 from rnnlm.layout import *
 from rnnlm.loader import *
+from rnnlm.splits import *
 from rnnlm.data import *
 from rnnlm.state import *
 from rnnlm.models import *

@@ -6,9 +6,9 @@
 __all__ = ['human_numbers', 'human_numbers_stream', 'most_common', 'lm_seqs', 'group_chunks', 'TokenStream', 'StreamDL']
 
 # %% ../nbs/00_data.ipynb #33889e36
-import torch
+import torch, rnnlm.splits  # gives a stream its `dataloaders`
 from fastcore.foundation import L
-from .core import check_int
+from .core import check_ids, check_int
 from .loader import StreamDL
 from .text import TokenStream
 
@@ -55,8 +55,11 @@ def most_common(
 ) -> tuple: # The token, and its share of `ids` (0 to 1)
     """The most common token of `ids` and how large a share of them it makes up.
 
-    That share is the accuracy of always predicting this token."""
-    counts = torch.bincount(getattr(ids, 'ids', ids).long())
+    That share is the accuracy of always predicting this token. Raises `TypeError` for
+    floats, `ValueError` for an id outside the vocab."""
+    ids = torch.as_tensor(getattr(ids, 'ids', ids))
+    check_ids(ids, len(vocab))
+    counts = torch.bincount(ids.long())
     return vocab[counts.argmax().item()], (counts.max()/counts.sum()).item()
 
 # %% ../nbs/00_data.ipynb #806c0e68
@@ -67,13 +70,15 @@ def lm_seqs(
 ) -> L: # Of (x, y) tensors, x of shape (sl,), y of shape () or (sl,)
     """The samples of `ids` in reading order: each starts where the one before ended.
 
-    Raises `TypeError` or `ValueError` for an `sl` that is no whole number, below 1 or
-    with no token left to predict, and for another `target`. Source: Howard & Gugger
-    2020, chapter 12."""
-    ids = torch.as_tensor(getattr(ids, 'ids', ids)).long()
+    Raises `TypeError` for floats, which are no tokens, and `TypeError` or `ValueError`
+    for an `sl` that is no whole number, below 1 or with no token left to predict, and
+    for another `target`. Source: Howard & Gugger 2020, chapter 12."""
+    ids = torch.as_tensor(getattr(ids, 'ids', ids))
     if ids.ndim != 1 or len(ids) < 2:
         raise ValueError("ids must be 1-D, with 2 tokens at least (x and its target), "
                          f"got shape {tuple(ids.shape)}")
+    check_ids(ids, torch.iinfo(torch.long).max)  # of whatever vocab
+    ids = ids.long()
     sl = check_int('sl', sl, len(ids)-1, f'the {len(ids)} tokens less one target')
     if target not in ('last', 'all'):
         raise ValueError(f"target must be 'last' or 'all', got {target!r}")
@@ -92,9 +97,10 @@ def group_chunks(
 
     A line has `m` samples. Place `i*bs + j` holds sample `i + m*j`, so row `j` of batch
     `i` continues row `j` of batch `i-1`. Use it with `shuffle=False, drop_last=True`
-    and the same `bs`. A tensor holds one sample a row. Raises `TypeError` or
-    `ValueError` for a `bs` that is no whole number or not in range. Source: Howard &
-    Gugger 2020, chapter 12."""
+    and the same `bs`, which the result keeps as `n_lines`. A tensor holds one sample a
+    row: windows of a series of floats, for example. Raises `TypeError` or `ValueError`
+    for a `bs` that is no whole number or not in range. Source: Howard & Gugger 2020,
+    chapter 12."""
     if len(ds) == 0:
         raise ValueError("ds is empty: group_chunks needs at least bs samples")
     bs = check_int('bs', bs, len(ds), 'the number of samples')
@@ -105,5 +111,7 @@ def group_chunks(
               f'the last {left} are left out')
     if isinstance(ds, torch.Tensor):
         lines = ds[:m*bs].unflatten(0, (bs, m))
-        return lines.transpose(0, 1).flatten(0, 1)
-    return L(ds[i + m*j] for i in range(m) for j in range(bs))
+        res = lines.transpose(0, 1).flatten(0, 1)
+    else: res = L(ds[i + m*j] for i in range(m) for j in range(bs))
+    res.n_lines = bs
+    return res

@@ -8,10 +8,9 @@ __all__ = ['LineDL', 'StreamDL']
 # %% ../nbs/00d_loader.ipynb #15896685
 from warnings import warn
 import pandas as pd, torch
-from fastai.data.core import DataLoaders, TfmdDL
-from fastai.torch_core import default_device, display_df
+from fastai.data.core import TfmdDL
+from fastai.torch_core import display_df
 from fastcore.basics import detuplify, patch, store_attr
-from .core import check_int
 from .layout import LinePlace, cut_batches
 from .text import TokenStream
 
@@ -43,6 +42,11 @@ class LineDL(LinePlace, TfmdDL):
         self._device_ids = {}  # with `on_device`: the ids, by device
 
     n_inp = property(lambda self: 2 if self.begins else 1)
+
+    @property
+    def vocab(self):
+        "The stream's vocab as a list: fastai takes an `L` for a vocab of each input"
+        return self.dataset.vocab.items
 
     def _ids(self):
         "The stream's ids; with `on_device` on the device, if there is room for them"
@@ -80,7 +84,8 @@ class LineDL(LinePlace, TfmdDL):
     def one_batch(self):
         "The first batch of this epoch; the loader's place stays as it is"
         if len(self) == 0:
-            raise ValueError("this StreamDL has no batch: its stream is empty")
+            raise ValueError("this StreamDL has no batch: its stream is empty, as that "
+                             "of a validation with valid_pct=0")
         return self.after_batch(next(self._batches()))
 
     def get_idxs(self):
@@ -113,10 +118,12 @@ class StreamDL(LineDL):
     A batch is (x, y): x (bs, sl) token ids; y (bs, sl) the token after each, or (bs,)
     the one after the last with `target='last'`. Row `j` of a batch reads on where row
     `j` of the one before ended; `row_places` says where that is in the text. With
-    `begins` a batch is (x, begins, y), begins (bs, sl) true where a document begins.
-    Padding (see `whole`) has the target -100, which `F.cross_entropy` leaves out.
-    Batches of an int64 stream are views of it, not to be written into. Raises
-    `TypeError` or `ValueError` for arguments out of range."""
+    `begins` a batch is (x, begins, y), begins (bs, sl) true where a document begins,
+    and such a token is no target: its y is -100, which `F.cross_entropy` leaves out, as
+    is that of padding (see `whole`). The mean over a batch without any target is NaN
+    (its gradient is 0), and 0 in `lm_loss`. Batches of an int64 stream are views of it,
+    not to be written into. Raises `TypeError` or `ValueError` for arguments out of
+    range."""
     def __init__(self,
         stream:TokenStream, # The text
         bs:int=64, # Batch size: the number of lines read side by side
@@ -127,7 +134,7 @@ class StreamDL(LineDL):
         whole:bool=False, # Read what fills no line, too, in one more batch, padded?
         sl_std:float=0., # Draw lengths around `sl` with this standard deviation
         shift:int=0, # Begin each epoch at a token drawn from 0 to this
-        begins:bool=False, # Give a mask of the tokens with which documents begin?
+        begins:bool=False, # Keep documents apart, and give a mask of their beginnings?
         on_device:bool=False, # Keep the whole stream on the device, if it fits?
         seed:int=42, # Of the draws; they depend on it and the epoch alone
         verbose:bool=True, # Say how many tokens at the end are left out?
@@ -166,38 +173,6 @@ class StreamDL(LineDL):
         res._resume_at = self._resume_at
         return res
 
-# %% ../nbs/00d_loader.ipynb #f74ab502
-@patch
-def dataloaders(self:TokenStream,
-    bs:int=64, # Batch size of training
-    sl:int=72, # Sequence length
-    target:str='all', # 'all' or 'last', as in `StreamDL`
-    valid_pct:float=0.2, # Share of the tokens, at the end, for validation
-    val_bs:int=None, # Batch size of validation (default: `bs`)
-    drop_last:bool=False, # Leave out a shorter last batch? Else validation reads all
-    path='.', # Where a `Learner` saves
-    device=None, # Default: fastai's default device
-    **kwargs # For the `StreamDL`s
-) -> DataLoaders:
-    """A `StreamDL` of the first tokens to train on, and one of the rest to validate.
-
-    The cut is where a sample of `sl` tokens ends; the token there is the last target of
-    the one and the first x of the other. `stride`, `sl_std` and `shift` are for
-    training alone."""
-    sl = check_int('sl', sl, len(self)-1, f'the {len(self)} tokens less one target')
-    samples = (len(self)-1)//sl
-    train_samples = int(samples * (1-valid_pct)) if 0 < valid_pct < 1 else 0
-    if train_samples == 0:
-        raise ValueError("valid_pct must be between 0 and 1 and leave samples on both "
-                         f"sides, got {valid_pct!r} for {len(self)} tokens in samples "
-                         f"of {sl}")
-    cut = train_samples*sl
-    train = StreamDL(self[:cut+1], bs, sl, target, drop_last=drop_last, **kwargs)
-    valid = train.new(self[cut:], bs=val_bs or train.global_bs, stride=None, sl_std=0,
-                      shift=0, whole=not drop_last, verbose=kwargs.get('verbose', True))
-    if device is None: device = default_device()
-    return DataLoaders(train, valid, path=path, device=device)
-
 # %% ../nbs/00d_loader.ipynb #24141dd2
 @patch
 def __repr__(self:StreamDL):
@@ -235,6 +210,7 @@ def show_results(self:StreamDL, b, out, max_n=9, ctxs=None, show=True, trunc_at=
 
     `out` holds token ids, or scores over the vocab."""
     out = detuplify(out)
+    if show: out = out[:max_n]
     if out.is_floating_point(): out = out.argmax(-1)
     if not show: return b, out
     self._show(max_n, trunc_at, text=b[0], target=b[-1], prediction=out)
