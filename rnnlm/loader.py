@@ -43,11 +43,6 @@ class LineDL(LinePlace, TfmdDL):
 
     n_inp = property(lambda self: 2 if self.begins else 1)
 
-    @property
-    def vocab(self):
-        "The stream's vocab as a list: fastai takes an `L` for a vocab of each input"
-        return self.dataset.vocab.items
-
     def _ids(self):
         "The stream's ids; with `on_device` on the device, if there is room for them"
         ids = self.dataset.ids
@@ -120,10 +115,8 @@ class StreamDL(LineDL):
     `j` of the one before ended; `row_places` says where that is in the text. With
     `begins` a batch is (x, begins, y), begins (bs, sl) true where a document begins,
     and such a token is no target: its y is -100, which `F.cross_entropy` leaves out, as
-    is that of padding (see `whole`). The mean over a batch without any target is NaN
-    (its gradient is 0), and 0 in `lm_loss`. Batches of an int64 stream are views of it,
-    not to be written into. Raises `TypeError` or `ValueError` for arguments out of
-    range."""
+    is that of padding (see `whole`). Batches of an int64 stream are views of it, not to
+    be written into. Raises `TypeError` or `ValueError` for arguments out of range."""
     def __init__(self,
         stream:TokenStream, # The text
         bs:int=64, # Batch size: the number of lines read side by side
@@ -134,7 +127,7 @@ class StreamDL(LineDL):
         whole:bool=False, # Read what fills no line, too, in one more batch, padded?
         sl_std:float=0., # Draw lengths around `sl` with this standard deviation
         shift:int=0, # Begin each epoch at a token drawn from 0 to this
-        begins:bool=False, # Keep documents apart, and give a mask of their beginnings?
+        begins:bool=False, # Keep documents apart: mark where each begins?
         on_device:bool=False, # Keep the whole stream on the device, if it fits?
         seed:int=42, # Of the draws; they depend on it and the epoch alone
         verbose:bool=True, # Say how many tokens at the end are left out?
@@ -174,6 +167,11 @@ class StreamDL(LineDL):
         return res
 
 # %% ../nbs/00d_loader.ipynb #24141dd2
+@patch(as_prop=True)
+def vocab(self:StreamDL):
+    "The tokens as a list: fastai takes an `L` for a vocab of each input"
+    return self.dataset.vocab.items
+
 @patch
 def __repr__(self:StreamDL):
     lines = f'{self.line:,} tokens a line, {self.global_bs} lines'

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/00d_splits.ipynb #5b110002
 from itertools import zip_longest
+from warnings import filterwarnings
 import numpy as np
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
@@ -34,27 +35,29 @@ def _cut(stream, sl, valid_pct, between_docs):
 def _check_valid(valid, stream, begins):
     "Raise `TypeError` or `ValueError` if `valid` can't validate what `stream` teaches"
     if not isinstance(valid, TokenStream):
-        raise TypeError(f"valid must be a TokenStream, got {type(valid).__name__}; make "
-                        "it one with the vocab of the text to train on")
+        raise TypeError(f"valid must be a TokenStream, got {type(valid).__name__}; "
+                        "make it one with the vocab of the text to train on")
     if len(valid) < 2:
         raise ValueError("valid must have 2 tokens at least (x and its target), got "
                          f"{len(valid)}")
     if begins and valid.docs is None:
-        raise ValueError("begins needs to know where the documents of valid begin: give "
-                         "valid docs, or make it with TokenStream.from_docs")
-    for i, (want, got) in enumerate(zip_longest(stream.vocab, valid.vocab)):
+        raise ValueError("begins needs to know where the documents of valid begin: "
+                         "give valid docs, or make it with TokenStream.from_docs")
+    vocab, other = stream.vocab, valid.vocab
+    for i, (want, got) in enumerate(zip_longest(vocab, other)):
         if want == got: continue
-        raise ValueError(f"valid must have the vocab of the text to train on: token {i} "
-                         f"is {want!r} there, and {got!r} in valid (vocabs of "
-                         f"{len(stream.vocab)} and {len(valid.vocab)}); make valid with "
-                         "vocab=stream.vocab")
+        raise ValueError(f"valid must have the vocab of the text to train on: token {i}"
+                         f" is {want!r} there, and {got!r} in valid (of {len(vocab)} "
+                         f"and {len(other)} tokens); make it with vocab=stream.vocab")
 
 def _split(stream, sl, valid_pct, valid, begins):
     "Two streams, to train on and to validate, by the arguments of `dataloaders`"
     if valid is not None:
         _check_valid(valid, stream, begins)
         return stream, valid
-    if valid_pct == 0: return stream, stream.new_empty()
+    if valid_pct == 0:
+        filterwarnings('ignore', 'Your generator is empty', module='fastprogress')
+        return stream, stream.new_empty()
     if not 0 < valid_pct < 1:
         raise ValueError("valid_pct must be from 0 (no validation) to below 1, got "
                          f"{valid_pct!r}")
@@ -81,7 +84,7 @@ def _n_lines(part, n, sl, bs, default, world_size):
 # %% ../nbs/00d_splits.ipynb #5b110015
 @patch
 def dataloaders(self:TokenStream,
-    bs:int=None, # Batch size of training (default: 64, or what a small text has room for)
+    bs:int=None, # Batch size of training (default: 64, or fewer if the text is small)
     sl:int=72, # Sequence length
     target:str='all', # 'all' or 'last', as in `StreamDL`
     valid_pct:float=0.2, # Share of the tokens, at the end, for validation; 0: none
