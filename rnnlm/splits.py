@@ -27,8 +27,8 @@ def _cut(stream, sl, valid_pct, between_docs):
         is_possible = (stream.docs >= sl) & (stream.docs <= n-sl)
         places = stream.docs[is_possible]
         if len(places) > 0:
-            too_far = np.abs(places - n*(1-valid_pct))
-            return int(places[too_far.argmin()])
+            distances = np.abs(places - n*(1-valid_pct))
+            return int(places[distances.argmin()])
     return train_samples*sl
 
 # %% ../nbs/00d_splits.ipynb #5b110008
@@ -56,6 +56,7 @@ def _split(stream, sl, valid_pct, valid, begins):
         _check_valid(valid, stream, begins)
         return stream, valid
     if valid_pct == 0:
+        # what a progress bar would say of the empty loader
         filterwarnings('ignore', 'Your generator is empty', module='fastprogress')
         return stream, stream.new_empty()
     if not 0 < valid_pct < 1:
