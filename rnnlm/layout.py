@@ -175,12 +175,15 @@ class LinePlace(LineLayout):
 # %% ../nbs/00d_layout.ipynb #689a6fe8
 def _begins_mask(docs, places, n):
     "A mask (rows, n): in `n` tokens from each of `places` on, which begin a document?"
-    mask = torch.zeros(len(places), n, dtype=torch.bool)
-    from_doc = np.searchsorted(docs, places)
-    to_doc = np.searchsorted(docs, places+n)
-    for j in np.flatnonzero(from_doc < to_doc):
-        mask[j, docs[from_doc[j]:to_doc[j]]-places[j]] = True
-    return mask
+    first = np.searchsorted(docs, places)            # each row's first document ...
+    counts = np.searchsorted(docs, places+n)-first   # ... and how many begin in it
+    rows = np.repeat(np.arange(len(places)), counts)
+    docs_before = np.repeat(counts.cumsum()-counts, counts)  # in the rows above
+    nth = np.arange(len(rows))-docs_before           # of the documents of its row
+    columns = docs[first[rows]+nth]-places[rows]
+    mask = np.zeros((len(places), n), dtype=bool)
+    mask[rows, columns] = True
+    return torch.from_numpy(mask)
 
 # %% ../nbs/00d_layout.ipynb #f47823ec
 def _apart(x, y, docs, places):
