@@ -240,7 +240,8 @@ def test_language_model_learner_gets_the_vocab(monkeypatch):
     dls.show_batch(max_n=2)
     quiet(learn, 'show_results', max_n=2)
     assert [o.shape for o in shown] == [(2, 2), (2, 3)]
-    assert set(shown[1].prediction[0].split()) <= {*stream.vocab}
+    whole_words = shown[1].prediction[0].split()[:-1]  # the last one may be cut
+    assert {*whole_words} <= {*stream.vocab}
 
 # Samples
 
