@@ -60,7 +60,8 @@ class TBPTT(Callback):
             self.n_old = self.k2-self.k1
             learn.yb = (learn.yb[0][:,self.n_old:],)
     def after_pred(self):
-        if self.n_old: self.learn.pred = self.learn.pred[:,self.n_old:]
+        # a model that answers once a window has no older output
+        if self.n_old and self.pred.ndim > 2: self.learn.pred = self.pred[:,self.n_old:]
 
     def before_step(self):
         bad = _not_finite(self.learn.model)

@@ -6,8 +6,16 @@
 __all__ = ['StateResetter', 'LengthLR']
 
 # %% ../nbs/02_callback.ipynb #1a9fcaaa
+import warnings
+import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastai.data.load import DataLoader
+from torch import nn
+from torch.utils.data import RandomSampler
 from .core import find_stateful
+from .metrics import agree
+from .stream import TokenStream
 
 # %% ../nbs/02_callback.ipynb #183a4f4a
 class StateResetter(Callback):
@@ -16,19 +24,35 @@ class StateResetter(Callback):
 
     Validation and prediction give back the state that they found, also in the middle of
     an epoch. (A model with `reset()` but no `state` to read and set, as fastai's own,
-    is reset after them instead.) Raises `TypeError` at the start of `fit` for a model
-    without `reset()`."""
+    is reset after them instead.) Where only one of model and targets has all steps of a
+    window, the last step is graded (see `agree`). Raises `TypeError` at the start of
+    `fit` for a model without `reset()`, `ValueError` for a text whose vocab is larger
+    than the model's or a loss that takes other shapes; warns, once, of a loader whose
+    rows do not read on."""
     order = -20  # before fastai's `TrainEvalCallback`, which resets in `before_fit`
+    said = ()  # the warnings that were given
     def before_fit(self):
         self.state_before_fit = self._held()
         self.has_trained = False  # `validate` and `get_preds` are fits without training
     def before_train(self):
         self.has_trained = True
+        check_vocab(self._stateful(), self.dl, 'training')
         self._stateful().reset()
         if hasattr(self.dl, 'set_epoch'): self.dl.set_epoch(self.epoch)
     def before_validate(self):
+        check_vocab(self._stateful(), self.dl, 'validation')
         self.state_before_validate = self._held()
         self._stateful().reset()
+    def after_pred(self):
+        learn = self.learn
+        if learn.iter == 0 and self.has_trained: self._warn_of_jumps()
+        if len(learn.yb) != 1 or not isinstance(learn.pred, torch.Tensor): return
+        targ = learn.yb[0]
+        is_flat = learn.pred.shape == targ.shape  # a number for each target
+        if is_flat and not is_cross_entropy(learn.loss_func): return
+        learn.pred,targ = agree(learn.pred, targ)
+        learn.yb = (targ,)
+        check_loss(learn.loss_func, learn.pred, targ, learn.xb[0])
     def after_validate(self): self._restore(self.state_before_validate)
     def after_fit(self):
         self._restore(None if self.has_trained else self.state_before_fit)
@@ -38,15 +62,95 @@ class StateResetter(Callback):
     def _restore(self, state):
         if state is None: self._stateful().reset()
         else: self._stateful().state = state
+    def _warn_of_jumps(self):
+        "Warn, the first time, if the model keeps a state for rows that do not read on"
+        model = self._stateful()
+        if hasattr(model, 'state') and model.state is None: return
+        faults = what_jumps(self.dl)
+        if not faults: return
+        whys,remedies = zip(*faults)
+        part = 'training' if self.training else 'validation'
+        text = (f"{type(model).__name__} reads each row on from the batch before, and "
+                f"the {part} loader has it jump: {', and '.join(whys)}; write "
+                f"{', '.join(remedies)}")
+        if text in self.said: return
+        self.said = (*self.said, text)
+        warnings.warn(text)
+
+# %% ../nbs/02_callback.ipynb #whatjumps
+def shuffles(
+    dl # Any loader, of fastai or PyTorch
+) -> bool:
+    "Does it give the samples in a random order?"
+    if isinstance(getattr(dl, 'sampler', None), RandomSampler): return True
+    # a class with an order of its own, as fastai's `LMDataLoader`, shuffles documents
+    how = getattr(type(dl), 'shuffle_fn', DataLoader.shuffle_fn)
+    return how is DataLoader.shuffle_fn and bool(getattr(dl, 'shuffle', False))
+
+def what_jumps(
+    dl # Any loader
+) -> list: # Of pairs: what it is, and what to write instead
+    "Why row `j` of a batch does not read on in row `j` of the next, as far as one sees"
+    faults = []
+    if shuffles(dl): faults.append(('it shuffles', 'shuffle=False'))
+    lines = getattr(getattr(dl, 'dataset', None), 'n_lines', None)  # of `group_chunks`
+    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
+    world_size = getattr(dl, 'world_size', 1)
+    if lines is None or bs is None or lines == bs*world_size: return faults
+    why = f"its bs={bs} is not the {lines} of group_chunks"
+    return [*faults, (why, f'bs={lines//world_size}')]
+
+def check_vocab(
+    model, # A model, perhaps with `vocab_sz`
+    dl, # Any loader, perhaps of a `TokenStream`
+    part:str # What the error calls the loader
+):
+    "Raise `ValueError` if the text of `dl` has more tokens in its vocab than `model`"
+    stream = getattr(dl, 'dataset', None)
+    vocab_sz = getattr(model, 'vocab_sz', None)
+    if vocab_sz is None or not isinstance(stream, TokenStream): return
+    if len(stream.vocab) <= vocab_sz: return
+    raise ValueError(f"vocab_sz of {type(model).__name__} must be at least "
+                     f"{len(stream.vocab)}, the vocab of the {part} text, got "
+                     f"{vocab_sz}: build the model with len(stream.vocab), or encode "
+                     "the text with the vocab of the model")
+
+def is_cross_entropy(
+    loss_func # Any loss
+) -> bool:
+    "Is it PyTorch's cross-entropy, as it is or within a partial or one of fastai's?"
+    inner = getattr(loss_func, 'func', loss_func)
+    return inner is F.cross_entropy or isinstance(inner, nn.CrossEntropyLoss)
+
+def check_loss(
+    loss_func, # Any loss
+    pred:torch.Tensor, # What the model gave
+    targ:torch.Tensor, # The targets
+    x:torch.Tensor # What the model has read
+):
+    "Raise `ValueError` for PyTorch's cross-entropy if steps are its second dimension"
+    flattens = getattr(loss_func, 'flatten', False)  # as fastai's do
+    if flattens or not is_cross_entropy(loss_func): return
+    if (pred.ndim, targ.ndim) != (3, 2): return
+    if pred.shape[1] != x.shape[1]: return  # the model has moved its vocab there
+    name = getattr(loss_func, '__name__', type(loss_func).__name__)
+    raise ValueError(f"loss_func must take logits (bs, sl, vocab_sz) = "
+                     f"{tuple(pred.shape)}, and {name} takes (bs, vocab_sz, sl): write "
+                     "loss_func=lm_loss, or CrossEntropyLossFlat()")
 
 # %% ../nbs/02_callback.ipynb #ca9df581
 class LengthLR(Callback):
     """Scales the learning rate of each training batch by its length over the loader's
     `sl`.
 
-    Source: Merity et al. 2018, section 4.1."""
+    Raises `TypeError` for a loader without an `sl`. Source: Merity et al. 2018, section
+    4.1."""
     order = 61  # after `ParamScheduler` has set the rate
     run_valid = False
+    def before_train(self):
+        if hasattr(self.dls.train, 'sl'): return
+        raise TypeError("LengthLR needs a training loader with an sl, as StreamDL, got "
+                        f"{type(self.dls.train).__name__}: leave it out")
     def before_batch(self):
         self.lrs = [h['lr'] for h in self.opt.hypers]
         scale = self.xb[0].shape[1]/self.dls.train.sl

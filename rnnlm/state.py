@@ -9,7 +9,7 @@ __all__ = ['map_state', 'state_tensors', 'forget', 'join', 'read_segments', 'Kee
 import torch
 from torch import nn
 import torch.nn.functional as F
-from .core import refuse_data_parallel
+from .core import check_int, refuse_data_parallel
 
 # %% ../nbs/01a_state.ipynb #1583fc12
 def map_state(
@@ -73,6 +73,15 @@ def read_segments(
         outs.append(out)
     return join(outs),state
 
+# %% ../nbs/01a_state.ipynb #checktensor
+def check_tensor(
+    x # A batch
+):
+    "Raise `TypeError` unless `x` is a tensor"
+    if isinstance(x, torch.Tensor): return
+    raise TypeError(f"x must be a tensor (bs, sl), got {type(x).__name__}; make it one "
+                    "with torch.as_tensor(x)")
+
 # %% ../nbs/01a_state.ipynb #ccaf8add
 class KeepsState(nn.Module):
     """A module with a hidden `state` that lives from batch to batch and is no weight.
@@ -95,10 +104,17 @@ class KeepsState(nn.Module):
     def state_for(self,
         x:torch.Tensor # A batch, (bs, ...)
     ):
-        """The state from which to read `x`; raises `ValueError` if it does not fit.
+        """The state from which to read `x`.
 
+        Raises `ValueError` if it does not fit, `TypeError` if `x` is no tensor.
         What mixed precision left is brought back to the precision of the weights."""
+        check_tensor(x)
         for o in state_tensors(self.state):
+            if o.ndim <= self.batch_dim:
+                raise ValueError(f"state has a tensor of shape {tuple(o.shape)}, and "
+                                 f"its dimension {self.batch_dim} must count the rows "
+                                 "of a batch: set a state as the model gives it, or "
+                                 "call reset()")
             if o.shape[self.batch_dim] != x.shape[0]:
                 rows = o.shape[self.batch_dim]
                 raise ValueError(f"x has a batch size of {x.shape[0]}, but the hidden "
@@ -156,6 +172,17 @@ def _read(model, x, state, begins):
     raise TypeError(f"read of {type(model).__name__} must give (out, state), got "
                     f"{type(res).__name__}")
 
+def _check_begins(begins, x):
+    "Raise `TypeError` unless `begins` is None or a mask of the tokens of `x`"
+    if begins is None: return
+    got = type(begins).__name__
+    if isinstance(begins, torch.Tensor):
+        if begins.dtype == torch.bool and begins.shape == x.shape[:2]: return
+        got = f"{begins.dtype} of shape {tuple(begins.shape)}"
+    raise TypeError(f"begins must be a mask of x, torch.bool of shape "
+                    f"{tuple(x.shape[:2])}, got {got}; a state is given to read(x, "
+                    "state), or set as model.state")
+
 def _check_graph(model, state):
     "Raise `TypeError` if the gradient could not go back through `state`"
     frozen = any(not p.requires_grad for p in model.parameters())
@@ -195,10 +222,13 @@ class StatefulLM(KeepsState):
     ) -> torch.Tensor: # The output of `read`
         """`read` from the state on, and keep the one from which the next window starts.
 
-        Raises `ValueError` for a batch that does not fit the state, `TypeError` for a
-        `read` that breaks the protocol; the state is then as it was."""
+        Raises `ValueError` for a batch that does not fit the state or a `stride` below
+        1, `TypeError` for an `x` or `begins` of another kind and for a `read` that
+        breaks the protocol; the state is then as it was."""
         self.new_window()
         state = self.state_for(x)
+        _check_begins(begins, x)
+        if stride is not None: stride = check_int('stride', stride)
         if stride is None or stride >= x.shape[1]:
             out,kept = _read(self, x, state, begins)
         else:
