@@ -31,6 +31,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'rnnlm.brought.check_dls': ('brought.html#check_dls', 'rnnlm/brought.py'),
                                'rnnlm.brought.check_model': ('brought.html#check_model', 'rnnlm/brought.py'),
                                'rnnlm.brought.fastai_opt': ('brought.html#fastai_opt', 'rnnlm/brought.py'),
+                               'rnnlm.brought.keeps_graph': ('brought.html#keeps_graph', 'rnnlm/brought.py'),
                                'rnnlm.brought.token_loss': ('brought.html#token_loss', 'rnnlm/brought.py')},
             'rnnlm.callback': { 'rnnlm.callback.LengthLR': ('callback.html#lengthlr', 'rnnlm/callback.py'),
                                 'rnnlm.callback.LengthLR.after_batch': ('callback.html#lengthlr.after_batch', 'rnnlm/callback.py'),

@@ -50,7 +50,10 @@ def fastai_opt(
                         f"fused_adam, got {opt_func!r}")
     inner = opt_func.func if isinstance(opt_func, partial) else opt_func
     is_torchs = isinstance(inner, type) and issubclass(inner, torch.optim.Optimizer)
-    return partial(OptimWrapper, opt=opt_func) if is_torchs else opt_func
+    if not is_torchs: return opt_func
+    wrapped = partial(OptimWrapper, opt=opt_func)
+    wrapped.__name__ = inner.__name__
+    return wrapped
 
 # %% ../nbs/02d_brought.ipynb #e3aefee7
 def check_dls(
@@ -75,6 +78,15 @@ def check_model(
                         f"{name}(len(stream.vocab), 64), with the sizes that you want")
     raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
+def keeps_graph(
+    model:nn.Module # A model through which a gradient ran into the batch before
+) -> str: # For the error
+    "What to tell whose model keeps its state with the graph"
+    inner = find_stateful(model, needs='reset') or model
+    return (f"{type(inner).__name__} keeps a state with its graph, and the gradient "
+            "runs into the batch before: derive the model from StatefulLM, which keeps "
+            "the state, or detach what it keeps (self.h = h.detach())")
+
 # %% ../nbs/02d_brought.ipynb #2f766de6
 def check_callbacks(
     cbs, # Callbacks
@@ -84,7 +96,8 @@ def check_callbacks(
     for cb in cbs:
         kind = cb if isinstance(cb, type) else type(cb)
         if 'TensorBoardCallback' not in [o.__name__ for o in kind.__mro__]: continue
-        traces = getattr(cb, 'trace_model', True) and find_stateful(model, needs='reset')
+        remembers = find_stateful(model, needs='reset') is not None
+        traces = remembers and getattr(cb, 'trace_model', True)
         if traces or getattr(cb, 'log_preds', True):
             raise ValueError("TensorBoardCallback can neither trace a model with a "
                              "memory nor show predictions but images: write "

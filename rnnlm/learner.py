@@ -12,12 +12,13 @@ import torch
 from fastai.callback.schedule import ParamScheduler  # gives `Learner` its fit_one_cycle
 from fastai.learner import AvgSmoothLoss, CastToTensor, Learner, Recorder
 from fastai.torch_core import defaults, nested_reorder
-from fastcore.basics import noop
+from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastcore.xtras import ContextManagers
 from .bptt import TBPTT
-from .brought import check_callbacks, check_dls, check_model, fastai_opt, token_loss
+from .brought import (check_callbacks, check_dls, check_model, fastai_opt,
+                           keeps_graph, token_loss)
 from .callback import LengthLR, StateResetter
 from .core import find_stateful
 from .machine import few_threads, n_parameters, room_for_graphs
@@ -139,8 +140,8 @@ class TokenLearner(LeanLearner):
         whole = dict(shuffle=False, drop_last=False)
         if dl is None:
             if ds_idx >= len(self.dls.loaders) or not len(self.dls[ds_idx]):
-                raise ValueError(f"ds_idx={ds_idx} of dls holds no text: give get_preds "
-                                 "one, dl=dls.test_dl(stream)")
+                raise ValueError(f"ds_idx={ds_idx} of dls holds no text: give get_preds"
+                                 " one, dl=dls.test_dl(stream)")
             dl = self.dls[ds_idx].new(**whole)
         elif getattr(dl, 'drop_last', False): dl = dl.new(**whole)
         if not hasattr(dl, 'get_idxs'):
@@ -164,7 +165,8 @@ class RNNLearner(TokenLearner):
     def __init__(self, dls, model, loss_func=lm_loss, opt_func=ForeachAdam, **kwargs):
         check_dls(dls)
         check_model(model)
-        super().__init__(dls, model, token_loss(loss_func), fastai_opt(opt_func), **kwargs)
+        loss_func,opt_func = token_loss(loss_func),fastai_opt(opt_func)
+        super().__init__(dls, model, loss_func, opt_func, **kwargs)
         can_forget = find_stateful(self.model, needs='reset')
         draws_lengths = getattr(self.dls.train, 'sl_std', 0)
         for kind,needed in (StateResetter, can_forget), (LengthLR, draws_lengths):
@@ -210,26 +212,21 @@ class RNNLearner(TokenLearner):
         try: super()._backward()
         except RuntimeError as e:
             if 'backward through the graph a second time' not in str(e): raise
-            inner = find_stateful(self.model, needs='reset') or self.model
-            raise RuntimeError(_KEEPS_GRAPH.format(type(inner).__name__)) from e
-
-    def __repr__(self):
-        n = n_parameters(self.model)
-        opt = getattr(self.opt_func, '__name__', repr(self.opt_func))
-        callbacks = ', '.join(repr(cb) for cb in self.cbs.sorted('order'))
-        metrics = ', '.join(self.metrics.attrgot('name')) or 'none'
-        model = type(self.model).__name__
-        valid = repr(self.dls[1]) if len(self.dls.loaders) > 1 else 'none'
-        lines = [f'{type(self).__name__} of {model}, {n:,} parameters, {opt}',
-                 f'train: {self.dls.train!r}', f'valid: {valid}',
-                 f'callbacks: {callbacks}', f'metrics: {metrics}']
-        return '\n  '.join(lines)
+            raise RuntimeError(keeps_graph(self.model)) from e
 
 # %% ../nbs/02a_learner.ipynb #abe919a7
-_KEEPS_GRAPH = (
-    "{} keeps a state with its graph, and the gradient runs into the batch before: "
-    "derive the model from StatefulLM, which keeps the state, or detach what it keeps "
-    "(self.h = h.detach())")
+@patch
+def __repr__(self:RNNLearner):
+    n = n_parameters(self.model)
+    opt = getattr(self.opt_func, '__name__', repr(self.opt_func))
+    callbacks = ', '.join(repr(cb) for cb in self.cbs.sorted('order'))
+    metrics = ', '.join(self.metrics.attrgot('name')) or 'none'
+    model = type(self.model).__name__
+    valid = repr(self.dls[1]) if len(self.dls.loaders) > 1 else 'none'
+    lines = [f'{type(self).__name__} of {model}, {n:,} parameters, {opt}',
+             f'train: {self.dls.train!r}', f'valid: {valid}',
+             f'callbacks: {callbacks}', f'metrics: {metrics}']
+    return '\n  '.join(lines)
 
 # %% ../nbs/02a_learner.ipynb #9bdba308
 @delegates(RNNLearner)
