@@ -19,7 +19,7 @@ SECTIONS = {
     'Library': '0[0-5][a-z]_* 06_* 06[a-z]_* 0[7-9][a-z]_*',
     'API': 'api',
     'Tutorials': 'tutorials/your_text tutorials/hugging_face tutorials/truncation* '
-                 'tutorials/reading* tutorials/*',
+                 'tutorials/reading* tutorials/float_series tutorials/*',
     'Benchmarks': 'benchmarks/*',
 }
 TOCTREE = '```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```'

@@ -12,13 +12,16 @@ import torch
 from fastai.callback.schedule import ParamScheduler  # gives `Learner` its fit_one_cycle
 from fastai.learner import AvgSmoothLoss, CastToTensor, Learner, Recorder
 from fastai.torch_core import defaults, nested_reorder
-from fastcore.basics import noop
+from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastcore.xtras import ContextManagers
 from .bptt import TBPTT
+from .brought import (check_callbacks, check_dls, check_model, fastai_opt,
+                           keeps_graph, token_loss)
 from .callback import LengthLR, StateResetter
 from .core import find_stateful
+from .machine import few_threads, n_parameters, room_for_graphs
 from .metrics import PredRows, TokenLoss, lm_loss, per_token
 from .optim import ForeachAdam, fused_adam
 
@@ -113,7 +116,7 @@ class TokenLearner(LeanLearner):
     def metrics(self, v): self._metrics = L(v).map(per_token)
 
     def _do_epoch_validate(self, ds_idx=1, dl=None):
-        if dl is None: dl = self.dls[ds_idx]
+        if dl is None: dl = self.dls[ds_idx] if ds_idx < len(self.dls.loaders) else []
         super()._do_epoch_validate(ds_idx, read_once(dl))
 
     def validation_context(self, cbs=None, inner=False):
@@ -135,7 +138,11 @@ class TokenLearner(LeanLearner):
 
         A plain list of batches has no order, and comes back as fastai gives it."""
         whole = dict(shuffle=False, drop_last=False)
-        if dl is None: dl = self.dls[ds_idx].new(**whole)
+        if dl is None:
+            if ds_idx >= len(self.dls.loaders) or not len(self.dls[ds_idx]):
+                raise ValueError(f"ds_idx={ds_idx} of dls holds no text: give get_preds"
+                                 " one, dl=dls.test_dl(stream)")
+            dl = self.dls[ds_idx].new(**whole)
         elif getattr(dl, 'drop_last', False): dl = dl.new(**whole)
         if not hasattr(dl, 'get_idxs'):
             return super().get_preds(dl=dl, reorder=reorder, cbs=cbs, **kwargs)
@@ -154,8 +161,12 @@ class RNNLearner(TokenLearner):
     On a CPU the weights after a fit are those of a `Learner`, to the last bit."""
     one_thread_below = 200_000  # parameters: a smaller model on a CPU gets one thread
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    @delegates(TokenLearner.__init__)
+    def __init__(self, dls, model, loss_func=lm_loss, opt_func=ForeachAdam, **kwargs):
+        check_dls(dls)
+        check_model(model)
+        loss_func,opt_func = token_loss(loss_func),fastai_opt(opt_func)
+        super().__init__(dls, model, loss_func, opt_func, **kwargs)
         can_forget = find_stateful(self.model, needs='reset')
         draws_lengths = getattr(self.dls.train, 'sl_std', 0)
         for kind,needed in (StateResetter, can_forget), (LengthLR, draws_lengths):
@@ -166,6 +177,7 @@ class RNNLearner(TokenLearner):
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         "fastai's; brings `TBPTT` if `dls` was exchanged for one whose windows overlap"
         cbs = L(cbs)
+        check_callbacks(self.cbs+cbs, self.model)
         cbs = cbs + self._for_overlap(self.cbs+cbs)
         super().fit(n_epoch, lr, wd, cbs=cbs, **kwargs)
 
@@ -179,64 +191,50 @@ class RNNLearner(TokenLearner):
     def _do_epoch_train(self):
         dl = self.dls.train
         if hasattr(dl, 'set_epoch'): dl.set_epoch(self.epoch)
-        with few_threads(self.model, self.one_thread_below): super()._do_epoch_train()
+        with self._on_machine(): super()._do_epoch_train()
 
     def _do_epoch_validate(self, ds_idx=1, dl=None):
-        with few_threads(self.model, self.one_thread_below):
-            super()._do_epoch_validate(ds_idx, dl)
+        with self._on_machine(): super()._do_epoch_validate(ds_idx, dl)
+
+    def _on_machine(self):
+        "Where an epoch runs: on one thread if the model is small, with room for graphs"
+        threads = few_threads(self.model, self.one_thread_below)
+        return ContextManagers([threads, room_for_graphs(self.model)])
+
+    def predict(self, *args, **kwargs):
+        "Raises `NotImplementedError`: fastai's is for samples that stand alone"
+        raise NotImplementedError(
+            "predict is for samples that stand alone; a text goes on: continue_text("
+            "learn.model, learn.dls.vocab, 'a prompt') writes its continuation, "
+            "learn.get_preds(dl=learn.dls.test_dl(stream)) gives the scores of a text")
 
     def _backward(self):
         try: super()._backward()
         except RuntimeError as e:
             if 'backward through the graph a second time' not in str(e): raise
-            inner = find_stateful(self.model, needs='reset') or self.model
-            raise RuntimeError(_KEEPS_GRAPH.format(type(inner).__name__)) from e
-
-    def __repr__(self):
-        n = n_parameters(self.model)
-        opt = getattr(self.opt_func, '__name__', repr(self.opt_func))
-        callbacks = ', '.join(repr(cb) for cb in self.cbs.sorted('order'))
-        metrics = ', '.join(self.metrics.attrgot('name')) or 'none'
-        model = type(self.model).__name__
-        lines = [f'{type(self).__name__} of {model}, {n:,} parameters, {opt}',
-                 f'train: {self.dls.train!r}', f'valid: {self.dls.valid!r}',
-                 f'callbacks: {callbacks}', f'metrics: {metrics}']
-        return '\n  '.join(lines)
+            raise RuntimeError(keeps_graph(self.model)) from e
 
 # %% ../nbs/02a_learner.ipynb #abe919a7
-_KEEPS_GRAPH = (
-    "{} keeps a state with its graph, and the gradient runs into the batch before: "
-    "derive the model from StatefulLM, which keeps the state, or detach what it keeps "
-    "(self.h = h.detach())")
-
-def n_parameters(
-    model:torch.nn.Module # Any model
-) -> int:
-    "How many numbers the weights of `model` are"
-    return sum(p.numel() for p in model.parameters())
-
-@contextmanager
-def few_threads(
-    model:torch.nn.Module, # Any model
-    below:int # Parameters from which on a model keeps the threads it has
-):
-    "One thread for a smaller model on a CPU; afterwards as many as before"
-    n = torch.get_num_threads()
-    on_cpu = all(p.device.type == 'cpu' for p in model.parameters())
-    one = n > 1 and on_cpu and n_parameters(model) < below
-    try:
-        if one: torch.set_num_threads(1)
-        yield
-    finally:
-        if one: torch.set_num_threads(n)
+@patch
+def __repr__(self:RNNLearner):
+    n = n_parameters(self.model)
+    opt = getattr(self.opt_func, '__name__', repr(self.opt_func))
+    callbacks = ', '.join(repr(cb) for cb in self.cbs.sorted('order'))
+    metrics = ', '.join(self.metrics.attrgot('name')) or 'none'
+    model = type(self.model).__name__
+    valid = repr(self.dls[1]) if len(self.dls.loaders) > 1 else 'none'
+    lines = [f'{type(self).__name__} of {model}, {n:,} parameters, {opt}',
+             f'train: {self.dls.train!r}', f'valid: {valid}',
+             f'callbacks: {callbacks}', f'metrics: {metrics}']
+    return '\n  '.join(lines)
 
 # %% ../nbs/02a_learner.ipynb #9bdba308
 @delegates(RNNLearner)
 def rnn_learner(
     dls, # `DataLoaders`, as of `TokenStream.dataloaders`
     model, # Gives logits (..., vocab_sz) for token ids (bs, sl)
-    loss_func=lm_loss, # Takes logits and targets
-    opt_func=ForeachAdam, # fastai's `Adam`; `fused_adam` for PyTorch's fused one
+    loss_func=lm_loss, # Takes logits and targets; `nn.CrossEntropyLoss()`, too
+    opt_func=ForeachAdam, # fastai's `Adam`; also `fused_adam`, or a class of PyTorch's
     cbs=None, # More callbacks
     **kwargs
 ) -> RNNLearner:
