@@ -44,15 +44,8 @@ class StateResetter(Callback):
         self.state_before_validate = self._held()
         self._stateful().reset()
     def after_pred(self):
-        learn = self.learn
-        if learn.iter == 0 and self.has_trained: self._warn_of_jumps()
-        if len(learn.yb) != 1 or not isinstance(learn.pred, torch.Tensor): return
-        targ = learn.yb[0]
-        is_flat = learn.pred.shape == targ.shape  # a number for each target
-        if is_flat and not is_cross_entropy(learn.loss_func): return
-        learn.pred,targ = agree(learn.pred, targ)
-        learn.yb = (targ,)
-        check_loss(learn.loss_func, learn.pred, targ, learn.xb[0])
+        if self.iter == 0 and self.has_trained: self._warn_of_jumps()
+        grade_same_steps(self.learn)
     def after_validate(self): self._restore(self.state_before_validate)
     def after_fit(self):
         self._restore(None if self.has_trained else self.state_before_fit)
@@ -115,6 +108,7 @@ def check_vocab(
                      f"{vocab_sz}: build the model with len(stream.vocab), or encode "
                      "the text with the vocab of the model")
 
+# %% ../nbs/02_callback.ipynb #4e34c23b
 def is_cross_entropy(
     loss_func # Any loss
 ) -> bool:
@@ -137,6 +131,20 @@ def check_loss(
     raise ValueError(f"loss_func must take logits (bs, sl, vocab_sz) = "
                      f"{tuple(pred.shape)}, and {name} takes (bs, vocab_sz, sl): write "
                      "loss_func=lm_loss, or CrossEntropyLossFlat()")
+
+def grade_same_steps(
+    learn # A learner whose model has answered
+):
+    """Where only one of model and targets has all steps, leave the last (see `agree`).
+
+    Raises `ValueError` for a loss that takes other shapes."""
+    if len(learn.yb) != 1 or not isinstance(learn.pred, torch.Tensor): return
+    targ = learn.yb[0]
+    is_flat = learn.pred.shape == targ.shape  # a number for each target
+    if is_flat and not is_cross_entropy(learn.loss_func): return
+    learn.pred,targ = agree(learn.pred, targ)
+    learn.yb = (targ,)
+    check_loss(learn.loss_func, learn.pred, targ, learn.xb[0])
 
 # %% ../nbs/02_callback.ipynb #ca9df581
 class LengthLR(Callback):

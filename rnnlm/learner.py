@@ -17,8 +17,8 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastcore.xtras import ContextManagers
 from .bptt import TBPTT
-from .brought import (check_callbacks, check_dls, check_model, fastai_opt,
-                           keeps_graph, token_loss)
+from .arguments import SameSteps, check_callbacks, check_dls, check_model
+from .arguments import fastai_opt, keeps_graph, token_loss
 from .callback import LengthLR, StateResetter
 from .core import find_stateful
 from .machine import few_threads, n_parameters, room_for_graphs
@@ -169,7 +169,8 @@ class RNNLearner(TokenLearner):
         super().__init__(dls, model, loss_func, opt_func, **kwargs)
         can_forget = find_stateful(self.model, needs='reset')
         draws_lengths = getattr(self.dls.train, 'sl_std', 0)
-        for kind,needed in (StateResetter, can_forget), (LengthLR, draws_lengths):
+        resetter = StateResetter if can_forget else SameSteps
+        for kind,needed in (resetter, True), (LengthLR, draws_lengths):
             if needed and not self._grab_cbs(kind): self.add_cb(kind())
         self.add_cbs(self._for_overlap(self.cbs))
 
