@@ -19,11 +19,10 @@ import numpy as np
 WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]|\n")
 
 # %% ../nbs/00b_encode.ipynb #20eac862
-AT_LINES = re.compile(rb'.*\n|.*(?= )', re.DOTALL)  # after a line, or before a space
-AT_CHARS = re.compile(  # before a character, but within no '\r\n'
-    rb'.*(?=[^\x80-\xbf\n])', re.DOTALL)
-AT_WORDS = re.compile(  # before the single space before a word
-    rb'.*\S(?= \S)', re.DOTALL)
+AT_LINES = re.compile(r'.*\n|.*(?= )', re.DOTALL)  # after a line, or before a space
+AT_CHARS = re.compile(r'.*', re.DOTALL)  # anywhere
+AT_WORDS = re.compile(  # before the single space before a word, or after a line
+    r'.*\S(?= \S)|.*\S\n(?=\S)', re.DOTALL)
 
 # %% ../nbs/00b_encode.ipynb #9fd70ccd
 @dataclass(frozen=True)
