@@ -40,7 +40,6 @@ def _text_columns(docs, names):
     def begins_with_text(name):
         try: return isinstance(next(iter(docs[name])), str)
         except Exception: return False  # it can't be asked: a stream of rows, say
-    names = [str(o) for o in names]
     return [o for o in names if begins_with_text(o)] or names
 
 def _listed(names): return ', '.join(map(repr, names))
@@ -52,10 +51,10 @@ def _refuse_table(docs, names):
                     f"{_listed(names)}; give one of them: docs[{column}]")
 
 def _refuse_mapping(docs):
-    values = [*docs.values()]
-    columns = getattr(values[0], 'column_names', None) if values else None
+    first = next(iter(docs.values()), None)
+    columns = getattr(first, 'column_names', None)
     if isinstance(columns, list):
-        names = _text_columns(values[0], columns)
+        names = _text_columns(first, columns)
         split = next(iter(docs))
         raise TypeError(f"docs must be strings, got a {_kind(docs)} with the splits "
                         f"{_listed(docs)}; give a column of one of them: "
@@ -64,9 +63,10 @@ def _refuse_mapping(docs):
                     f"{_listed([*docs][:3])}; if its values are the documents, give "
                     "docs.values()")
 
+# %% ../nbs/00b_documents.ipynb #0297b78c
 def _holds_file_names(docs):
-    if not hasattr(docs, '__len__') or not isinstance(docs, Iterable): return False
-    first = next(iter(docs), None)
+    if not hasattr(docs, '__len__') or not hasattr(docs, '__getitem__'): return False
+    first = next(iter(docs), None)  # a sequence: nothing of it is used up
     is_short = isinstance(first, str) and len(first) <= 250 and '\n' not in first
     return is_short and os.path.isfile(first)
 

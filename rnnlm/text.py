@@ -131,7 +131,8 @@ def from_docs(cls:TokenStream,
     Raises `TypeError` for `docs` that hold no strings (tables, dicts, paths), and says
     what was meant. Raises `ValueError` for no token at all and for a token
     outside `vocab` (without `unk` in it), `RuntimeError` if another process is writing
-    `path`, and what `docs` or `tokenizer` raise; after a failure `path` is as before."""
+    `path`, and what `docs` or `tokenizer` raise. After a failure `path` is as it was
+    before."""
     if not isinstance(docs, Files): check_docs(docs)
     tok = prepare_tokenizer(tokenizer)
     _check_options(tok, vocab, min_freq, max_vocab, n_workers)
