@@ -161,7 +161,7 @@ class KnownWords(dict):
 
     def __missing__(self, text):
         ids = _as_bytes(map(self.ids_of.__getitem__, WORDS.findall(text)))
-        self[text] = ids
+        if len(text) < 100: self[text] = ids  # a longer one will hardly come again
         return ids
 
 def encode_words(

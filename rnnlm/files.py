@@ -22,7 +22,7 @@ _COLUMN = "read it with pandas, and give its column of texts to from_docs"
 _CONVERT = "convert it to text first"
 _LOAD = "load it, and give its texts to from_docs"
 _NO_TEXT = {  # how other files begin: what they are, and what to do
-    rb'PK(\x03\x04|\x05\x06|\x07\x08)': ("a zip archive (or of Office)", _UNPACK),
+    rb'PK(\x03\x04|\x05\x06|\x07\x08)': ("a zip archive, as Office files are", _UNPACK),
     rb'\x28\xb5\x2f\xfd': ("packed with zstd", _UNPACK),
     rb'\x04\x22\x4d\x18': ("packed with lz4", _UNPACK),
     rb'\x1f[\x9d\xa0]': ("packed with compress", _UNPACK),
