@@ -123,6 +123,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'rnnlm.encode.encode': ('encode.html#encode', 'rnnlm/encode.py'),
                               'rnnlm.encode.encode_all': ('encode.html#encode_all', 'rnnlm/encode.py'),
                               'rnnlm.encode.encode_words': ('encode.html#encode_words', 'rnnlm/encode.py'),
+                              'rnnlm.encode.hf_cut': ('encode.html#hf_cut', 'rnnlm/encode.py'),
                               'rnnlm.encode.number': ('encode.html#number', 'rnnlm/encode.py'),
                               'rnnlm.encode.prepare_tokenizer': ('encode.html#prepare_tokenizer', 'rnnlm/encode.py')},
             'rnnlm.files': { 'rnnlm.files.Files': ('files.html#files', 'rnnlm/files.py'),

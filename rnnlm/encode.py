@@ -21,8 +21,15 @@ WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]|\n")
 # %% ../nbs/00b_encode.ipynb #20eac862
 AT_LINES = re.compile(r'.*\n|.*(?= )', re.DOTALL)  # after a line, or before a space
 AT_CHARS = re.compile(r'.*', re.DOTALL)  # anywhere
-AT_WORDS = re.compile(  # before the single space before a word, or after a line
-    r'.*\S(?= \S)|.*\S\n(?=\S)', re.DOTALL)
+AT_SPACES = re.compile(r'.*\S(?= \S)', re.DOTALL)  # before a word's single space
+AT_WORDS = re.compile(r'.*\S(?= \S)|.*\S\n(?=\S)', re.DOTALL)  # or else after a line
+
+def hf_cut(
+    tokenizer # Of Hugging Face
+) -> re.Pattern:
+    "Where it may be cut: it is asked whether a line end is safe"
+    def ids(text): return tokenizer.encode(text, add_special_tokens=False).ids
+    return AT_WORDS if ids('a\nb') == ids('a\n')+ids('b') else AT_SPACES
 
 # %% ../nbs/00b_encode.ipynb #9fd70ccd
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ def _of_hugging_face(tokenizer):
     if not ids: raise ValueError("tokenizer has no vocab yet; train it first")
     vocab = [''] * (max(ids.values())+1)
     for token,i in ids.items(): vocab[i] = token
-    return TextTokenizer(partial(_hf_ids, tokenizer), cut=AT_WORDS, vocab=vocab,
+    return TextTokenizer(partial(_hf_ids, tokenizer), cut=hf_cut(tokenizer), vocab=vocab,
                          json=tokenizer.to_str())
 
 def _of_fastai(tokenizer):
