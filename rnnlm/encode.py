@@ -59,7 +59,8 @@ def _of_hugging_face(tokenizer):
     if not ids: raise ValueError("tokenizer has no vocab yet; train it first")
     vocab = [''] * (max(ids.values())+1)
     for token,i in ids.items(): vocab[i] = token
-    return TextTokenizer(partial(_hf_ids, tokenizer), cut=hf_cut(tokenizer), vocab=vocab,
+    cut = hf_cut(tokenizer)
+    return TextTokenizer(partial(_hf_ids, tokenizer), cut=cut, vocab=vocab,
                          json=tokenizer.to_str())
 
 def _of_fastai(tokenizer):

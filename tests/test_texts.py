@@ -203,7 +203,8 @@ def test_real_datasets_are_named():
 def test_all_kinds_of_iterables_are_documents():
     want = from_docs(['good', 'bad'])
     for docs in (df['text'], np.array(['good', 'bad']), L('good', 'bad'),
-                 ('good', 'bad'), iter(['good', 'bad']), dict(a='good', b='bad').values(),
+                 ('good', 'bad'), iter(['good', 'bad']),
+                 dict(a='good', b='bad').values(),
                  io.StringIO('good bad')):
         assert from_docs(docs).ids.tolist() == want.ids.tolist()
 
