@@ -36,30 +36,31 @@ def check_text(
 def _kind(o): return type(o).__name__
 
 def _text_columns(docs, names):
-    "Those of the columns that begin with a string, or all names if there is none"
+    "Those of the columns that begin with a string"
     def begins_with_text(name):
         try: return isinstance(next(iter(docs[name])), str)
         except Exception: return False  # it can't be asked: a stream of rows, say
-    return [o for o in names if begins_with_text(o)] or names
+    return [o for o in names if begins_with_text(o)]
 
 def _listed(names): return ', '.join(map(repr, names))
 
 def _refuse_table(docs, names):
-    names = _text_columns(docs, [*names])
-    column = repr(names[0]) if names else "..."
-    raise TypeError(f"docs must be strings, got a {_kind(docs)} with the columns "
-                    f"{_listed(names)}; give one of them: docs[{column}]")
+    texts = _text_columns(docs, names)
+    columns = "text columns" if texts else "columns"
+    texts = texts or [*names] or ['...']
+    raise TypeError(f"docs must be strings, got one {_kind(docs)} with the {columns} "
+                    f"{_listed(texts)}; give one of them: docs[{texts[0]!r}]")
 
 def _refuse_mapping(docs):
     first = next(iter(docs.values()), None)
     columns = getattr(first, 'column_names', None)
     if isinstance(columns, list):
-        names = _text_columns(first, columns)
+        texts = _text_columns(first, columns) or [*columns, '...']
         split = next(iter(docs))
-        raise TypeError(f"docs must be strings, got a {_kind(docs)} with the splits "
+        raise TypeError(f"docs must be strings, got one {_kind(docs)} with the splits "
                         f"{_listed(docs)}; give a column of one of them: "
-                        f"docs[{split!r}][{names[0]!r}]")
-    raise TypeError(f"docs must be strings, got a {_kind(docs)} with the keys "
+                        f"docs[{split!r}][{texts[0]!r}]")
+    raise TypeError(f"docs must be strings, got one {_kind(docs)} with the keys "
                     f"{_listed([*docs][:3])}; if its values are the documents, give "
                     "docs.values()")
 
@@ -103,8 +104,8 @@ def _instead(doc):
         return "decode them: (o.decode('utf-8') for o in docs)"
     is_nan = isinstance(doc, float) and doc != doc
     if doc is None or is_nan or _kind(doc) in ('NAType', 'NaTType'):
-        return ("a missing value; leave them out: docs.dropna() of pandas, or (o for o "
-                "in docs if o)")
+        return ("a missing value; leave them out: (o for o in docs if isinstance(o, "
+                "str)), or in pandas docs.dropna()")
     if isinstance(doc, Mapping):
         texts = [k for k,v in doc.items() if isinstance(v, str)] or [*doc]
         key = repr(texts[0]) if texts else '...'
