@@ -136,6 +136,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'rnnlm.files._first_match': ('files.html#_first_match', 'rnnlm/files.py'),
                              'rnnlm.files._has_suffix': ('files.html#_has_suffix', 'rnnlm/files.py'),
                              'rnnlm.files._info': ('files.html#_info', 'rnnlm/files.py'),
+                             'rnnlm.files._is_several': ('files.html#_is_several', 'rnnlm/files.py'),
                              'rnnlm.files._plain_name': ('files.html#_plain_name', 'rnnlm/files.py'),
                              'rnnlm.files._stop': ('files.html#_stop', 'rnnlm/files.py'),
                              'rnnlm.files._unpacked': ('files.html#_unpacked', 'rnnlm/files.py'),

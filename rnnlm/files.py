@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../nbs/00b_files.ipynb #956a1ce7
 import bz2, codecs, gzip, io, lzma, os, re, stat, zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -204,17 +204,21 @@ def _check_path(path):
     raise FileNotFoundError(f"paths must exist, got {name!r}{hint}; a text itself goes "
                             "to from_text")
 
+def _is_several(paths):
+    "Are they paths, or one, or something else that can be iterated over?"
+    if isinstance(paths, (str, bytes, os.PathLike, Mapping)): return False
+    is_else = hasattr(paths, 'read') or hasattr(paths, 'columns')
+    return isinstance(paths, Iterable) and not is_else
+
 def find_files(
     paths:str|Path|Iterable, # A text file, a folder of them, or a list of both
     suffix:str='.txt', # Which files below a folder, in sorted order
     encoding:str='utf-8' # Of all of them
 ) -> Files:
     "The files meant. Raises for what does not exist, for none, and for an empty one."
-    is_one = isinstance(paths, (str, bytes, os.PathLike)) or hasattr(paths, 'read')
-    if not is_one and not isinstance(paths, Iterable): is_one = True
     files = Files()
     files.encoding = check_encoding(encoding)
-    for path in map(_check_path, [paths] if is_one else paths):
+    for path in map(_check_path, paths if _is_several(paths) else [paths]):
         if path.is_dir():
             files += _below(path, suffix)
             continue

@@ -227,6 +227,7 @@ def test_names_of_files_are_no_texts(tmp_path, monkeypatch):
     ('Call me Ishmael.\n'*9999, ValueError, 'a text itself goes to from_text'),
     ('a'*9999, ValueError, 'a text itself goes to from_text'),
     ('https://x.org/a.txt', ValueError, 'download it first'),
+    (df, TypeError, 'texts go to from_docs'), (dict(a='b'), TypeError, 'from_docs'),
     (3, TypeError, 'paths must be paths, got 3'), ([b'a'], TypeError, "got b'a'"),
     (io.StringIO('a'), TypeError, 'give its lines to from_docs')])
 def test_what_is_no_path_is_named(paths, error, message):
