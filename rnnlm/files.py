@@ -179,9 +179,10 @@ def _below(folder, suffix):
             if not stat.S_ISREG(info.st_mode) or info.st_size == 0: continue
             real = os.path.realpath(path) if path.is_symlink() else None
             if is_new(real or os.path.join(real_parent, path.name)): found.append(path)
-    plain = {*found}
-    twins = {o for o in found if o.with_name(_plain_name(o)) in plain - {o}}
-    return sorted(plain - twins)
+    packed = [o for o in found if _plain_name(o) != o.name]
+    plain = {*found}.difference(packed)
+    twins = {o for o in packed if o.with_name(_plain_name(o)) in plain}
+    return sorted({*found} - twins)
 
 # %% ../nbs/00b_files.ipynb #6d82b08d
 def _check_path(path):
