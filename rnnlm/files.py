@@ -12,17 +12,26 @@ from contextlib import nullcontext
 from pathlib import Path
 
 # %% ../nbs/00b_files.ipynb #e14960d1
-_PACKED = {  # how a packed file begins: its kind, and what opens it
+def _lookup(table):
+    "A function from the first bytes of a file to the entry whose pattern they match"
+    pattern = re.compile(b'|'.join(b'(%s)' % o for o in table))
+    entries = [*table.values()]
+    def entry_of(start):
+        found = pattern.match(start)
+        return found and entries[found.lastindex-1]
+    return entry_of
+
+_packing_of = _lookup({  # how a packed file begins: its kind, and what opens it
     rb'\x1f\x8b\x08': ('gzip', gzip.open),
-    rb'BZh[1-9](1AY&SY|\x17rE8P\x90)': ('bzip2', bz2.open),
-    rb'\xfd7zXZ\0': ('xz', lzma.open)}
+    rb'BZh[1-9](?:1AY&SY|\x17rE8P\x90)': ('bzip2', bz2.open),
+    rb'\xfd7zXZ\0': ('xz', lzma.open)})
 
 _UNPACK = "unpack it first"
 _COLUMN = "read it with pandas, and give its column of texts to from_docs"
 _CONVERT = "convert it to text first"
 _LOAD = "load it, and give its texts to from_docs"
-_NO_TEXT = {  # how other files begin: what they are, and what to do
-    rb'PK(\x03\x04|\x05\x06|\x07\x08)': ("a zip archive, as Office files are", _UNPACK),
+_no_text_of = _lookup({  # how other files begin: what they are, and what to do
+    rb'PK(?:\x03\x04|\x05\x06|\x07\x08)': ("a zip archive (as Office files)", _UNPACK),
     rb'\x28\xb5\x2f\xfd': ("packed with zstd", _UNPACK),
     rb'\x04\x22\x4d\x18': ("packed with lz4", _UNPACK),
     rb'\x1f[\x9d\xa0]': ("packed with compress", _UNPACK),
@@ -38,32 +47,29 @@ _NO_TEXT = {  # how other files begin: what they are, and what to do
     rb'%PDF-\d': ("a PDF document", _CONVERT),
     rb'\{\\rtf': ("a document in RTF", _CONVERT),
     rb'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1': ("a document of old Office", _CONVERT),
-    rb'\x89PNG|\xff\xd8\xff|GIF8[79]a': ("an image", "leave it out")}
+    rb'\x89PNG|\xff\xd8\xff|GIF8[79]a': ("an image", "leave it out")})
 
-_MARKS = {codecs.BOM_UTF8: 'utf-8',  # UTF-32 first: its mark begins as that of UTF-16
-          codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
-          codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
-
-def _first_match(table, start):
-    "The entry of `table` whose pattern `start`, the first bytes of a file, matches"
-    found = [entry for pattern,entry in table.items() if re.match(pattern, start)]
-    return found[0] if found else None
+_marked_as = _lookup({  # UTF-32 first: its mark begins as that of UTF-16
+    rb'\xef\xbb\xbf': 'utf-8',
+    rb'\xff\xfe\0\0|\0\0\xfe\xff': 'utf-32',
+    rb'\xff\xfe|\xfe\xff': 'utf-16'})
 
 def _check_is_text(path, start, encoding):
     "Raise `ValueError` if `start`, the first bytes, show another kind or encoding"
-    marked = next((o for mark,o in _MARKS.items() if start.startswith(mark)), None)
+    marked = _marked_as(start)
     if marked and not encoding.startswith(marked):
         raise ValueError(f"{path} begins with the byte order mark of {marked.upper()}; "
                          f"read it with encoding={marked!r}")
     if encoding in ('utf-16', 'utf-32') and not marked:
         raise ValueError(f"{path} has no byte order mark of {encoding.upper()}; read "
                          f"it with encoding='{encoding}-le' or '{encoding}-be'")
-    no_text = _first_match(_NO_TEXT, start)
+    no_text = _no_text_of(start)
     if no_text: raise ValueError(f"{path} is {no_text[0]}; {no_text[1]}")
-    if b'\0' in start[:8000] and not encoding.startswith(('utf-16', 'utf-32')):
-        raise ValueError(f"{path} is no text in {encoding.upper()}: byte "
-                         f"{start.index(0)} is 0; read UTF-16 with encoding="
-                         "'utf-16-le' or 'utf-16-be', and convert what is no text")
+    zero = start.find(0, 0, 8000)
+    if zero >= 0 and not encoding.startswith(('utf-16', 'utf-32')):
+        raise ValueError(f"{path} is no text in {encoding.upper()}: byte {zero} is 0; "
+                         "read UTF-16 with encoding='utf-16-le' or 'utf-16-be', and "
+                         "convert what is no text")
 
 # %% ../nbs/00b_files.ipynb #24ac9e0c
 def check_encoding(
@@ -128,7 +134,7 @@ def read_file(
     place, and for packed files that are damaged."""
     decoder = _Decoder(path, encoding)
     with path.open('rb') as f:
-        open_packed = _first_match(_PACKED, f.peek(16))
+        open_packed = _packing_of(f.peek(16))
         before = 0
         for i,data in enumerate(_unpacked(path, f, open_packed, sz)):
             if i == 0: _check_is_text(path, data, encoding)
@@ -141,14 +147,14 @@ class Files(list):
     "Paths of text files, each a document"
     encoding = 'utf-8'
 
-def _plain_name(path):
+def _plain_name(name):
     "The name of a file without what its packing added"
-    is_packed = path.suffix.lower() in ('.gz', '.bz2', '.xz')
-    return path.stem if is_packed else path.name
+    stem,suffix = os.path.splitext(name)
+    return stem if suffix.lower() in ('.gz', '.bz2', '.xz') else name
 
-def _has_suffix(path, suffix):
-    suffix = suffix.lower()
-    return any(o.lower().endswith(suffix) for o in (path.name, _plain_name(path)))
+def _has_suffix(name, suffix):
+    is_named = name.lower().endswith(suffix.lower())
+    return is_named or _plain_name(name).lower().endswith(suffix.lower())
 
 def _stop(error): raise error  # `os.walk` would go on without the folder
 
@@ -172,16 +178,17 @@ def _below(folder, suffix):
             folders.clear()
             continue
         folders[:] = sorted(o for o in folders if not o.startswith('.'))
-        names = sorted(o for o in names if not o.startswith('.'))
-        for path in (Path(parent, o) for o in names):
-            if not _has_suffix(path, suffix): continue
+        for name in sorted(names):
+            if name.startswith('.') or not _has_suffix(name, suffix): continue
+            path = Path(parent, name)
             info = _info(path)
             if not stat.S_ISREG(info.st_mode) or info.st_size == 0: continue
             real = os.path.realpath(path) if path.is_symlink() else None
-            if is_new(real or os.path.join(real_parent, path.name)): found.append(path)
-    packed = [o for o in found if _plain_name(o) != o.name]
+            if is_new(real or os.path.join(real_parent, name)): found.append(path)
+    packed = [o for o in found if _plain_name(o.name) != o.name]
+    if not packed: return sorted(found)
     plain = {*found}.difference(packed)
-    twins = {o for o in packed if o.with_name(_plain_name(o)) in plain}
+    twins = {o for o in packed if o.with_name(_plain_name(o.name)) in plain}
     return sorted({*found} - twins)
 
 # %% ../nbs/00b_files.ipynb #6d82b08d
