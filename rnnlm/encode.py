@@ -19,11 +19,17 @@ import numpy as np
 WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]|\n")
 
 # %% ../nbs/00b_encode.ipynb #20eac862
-AT_LINES = re.compile(rb'.*\n|.*(?= )', re.DOTALL)  # after a line, or before a space
-AT_CHARS = re.compile(  # before a character, but within no '\r\n'
-    rb'.*(?=[^\x80-\xbf\n])', re.DOTALL)
-AT_WORDS = re.compile(  # before the single space before a word
-    rb'.*\S(?= \S)', re.DOTALL)
+AT_LINES = re.compile(r'.*\n|.*(?= )', re.DOTALL)  # after a line, or before a space
+AT_CHARS = re.compile(r'.*', re.DOTALL)  # anywhere
+AT_SPACES = re.compile(r'.*\S(?= \S)', re.DOTALL)  # before a word's single space
+AT_WORDS = re.compile(r'.*\S(?= \S)|.*\S\n(?=\S)', re.DOTALL)  # or else after a line
+
+def hf_cut(
+    tokenizer # Of Hugging Face
+) -> re.Pattern:
+    "Where it may be cut: it is asked whether a line end is safe"
+    def ids(text): return tokenizer.encode(text, add_special_tokens=False).ids
+    return AT_WORDS if ids('a\nb') == ids('a\n')+ids('b') else AT_SPACES
 
 # %% ../nbs/00b_encode.ipynb #9fd70ccd
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ def _of_hugging_face(tokenizer):
     if not ids: raise ValueError("tokenizer has no vocab yet; train it first")
     vocab = [''] * (max(ids.values())+1)
     for token,i in ids.items(): vocab[i] = token
-    return TextTokenizer(partial(_hf_ids, tokenizer), cut=AT_WORDS, vocab=vocab,
+    cut = hf_cut(tokenizer)
+    return TextTokenizer(partial(_hf_ids, tokenizer), cut=cut, vocab=vocab,
                          json=tokenizer.to_str())
 
 def _of_fastai(tokenizer):
@@ -162,7 +169,7 @@ class KnownWords(dict):
 
     def __missing__(self, text):
         ids = _as_bytes(map(self.ids_of.__getitem__, WORDS.findall(text)))
-        self[text] = ids
+        if len(text) < 100: self[text] = ids  # a longer one will hardly come again
         return ids
 
 def encode_words(

@@ -6,68 +6,99 @@
 __all__ = []
 
 # %% ../nbs/00b_pieces.ipynb #7b23be68
-import os, re
+import io, re, unicodedata, warnings
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from fastprogress.fastprogress import progress_bar
+from .documents import refuse_doc
+from .files import Files, read_file
 
 # %% ../nbs/00b_pieces.ipynb #b55a5994
 _BLOCK = 2**20  # bytes of a file read at a time, and characters of a piece
+_LONGEST = 2**20  # characters without a place to cut
 
-def _decode(data, path, start):
-    "The text of `data`, bytes of a file from byte `start` on"
-    try: text = data.decode()
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8: byte {start+e.start} is "
-                         f"{data[e.start]:#x}; convert it first") from None
-    return text.replace('\r\n', '\n')
-
-def _last_cut(data, cut):
-    "Where `data` can be cut last, 0 if nowhere"
-    found = cut.match(data)
+def _last_cut(text, cut):
+    "Where `text` can be cut last, 0 if nowhere"
+    found = cut.match(text)
     return found.end() if found else 0
 
-def read_blocks(
-    path:Path, # A text file in UTF-8
-    cut:re.Pattern=None # Matches up to where it may be cut; None: it is read whole
-) -> Iterator: # Of (bytes read, text, whether the file ends with it)
-    """The text of a file in blocks of about 1 MB, with '\\r\\n' as '\\n'.
+def _between_characters(text):
+    "The last place in `text` that is within no character of several marks"
+    joiners = '\u200c\u200d'
+    for i in range(len(text)-1, 0, -1):
+        before,after = text[i-1:i+1]
+        is_joined = before in joiners or after in joiners
+        is_joined = is_joined or unicodedata.category(after).startswith('M')
+        if not is_joined and before+after != '\r\n': return i
+    return len(text)
 
-    Raises `ValueError`, with the place, for bytes that are not UTF-8."""
-    with path.open('rb') as f:
-        start = 0  # of the block, in the file
-        rest = b''  # what was read, but not given yet
-        last = False
-        while not last:
-            new = f.read(_BLOCK if cut else -1)
-            last = not new or cut is None
-            data = rest + new
-            end = len(data) if last else _last_cut(data, cut)
-            yield len(new), _decode(data[:end], path, start), last
-            start += end
-            rest = data[end:]
+def cut_parts(
+    blocks:Iterable, # Of (its share of the progress, text): one document
+    cut:re.Pattern, # Matches up to where it may be cut; None: it comes whole
+    name:str # What the warning calls the document
+) -> Iterator: # Of (its share of the progress, text, whether the document ends)
+    """A document in parts that end where it may be cut.
 
-# %% ../nbs/00b_pieces.ipynb #93c68838
-class Files(list):
-    "Paths of text files, each a document"
+    Warns if there was no such place in a million characters."""
+    if cut is None:
+        shares,texts = zip(*blocks)
+        yield sum(shares), ''.join(texts), True
+        return
+    rest = ''  # what was read, but not given yet
+    share = 0
+    warned = False
+    for n,text in blocks:
+        rest += text
+        share += n
+        end = _last_cut(rest, cut)
+        if end == 0 and len(rest) >= _LONGEST:
+            end = _between_characters(rest)
+            if not warned:
+                warnings.warn(f"{name} has {len(rest):,} characters without a place to "
+                              "cut, and is cut between two of them, within a word; "
+                              "consider tokenizer='chars'")
+            warned = True
+        if end == 0: continue
+        yield share, rest[:end], False
+        rest = rest[end:]
+        share = 0
+    yield share, rest, True
 
-def find_files(
-    paths:str|Path|Iterable, # A text file, a folder of them, or a list of both
-    suffix:str='.txt' # Which files below a folder, in sorted order
-) -> Files:
-    "The files meant. Raises `ValueError` if there is none, or an empty one."
-    one = isinstance(paths, (str, os.PathLike))
-    files = Files()
-    for path in map(Path, [paths] if one else paths):
-        if path.is_dir():
-            files += sorted(o for o in path.rglob(f'*{suffix}') if o.is_file())
-        else: files.append(path)
-    if not files:
-        raise ValueError(f"paths must be text files or folders with *{suffix} files, "
-                         f"found none in {paths}")
-    for path in files:
-        if path.stat().st_size == 0: raise ValueError(f"{path} is empty; leave it out")
-    return files
+# %% ../nbs/00b_pieces.ipynb #75edb2e0
+def _lines(parts):
+    "Each line of the `parts` of a document as a document, blank ones left out"
+    held = ''  # the line so far, as long as it is blank
+    has_begun = False  # was some of the line given?
+    share = 0
+    for n,text,ends in parts:
+        share += n
+        lines = text.split('\n')
+        lines[0] = held + lines[0]
+        rest = None if ends else lines.pop()
+        for line in lines:
+            if has_begun or line.strip():
+                yield share, line, True
+                share = 0
+            has_begun = False
+        held = rest or ''
+        if not held.strip(): continue
+        yield share, held, False
+        held = ''
+        share = 0
+        has_begun = True
+
+def _whole_lines(blocks):
+    "What `cut_parts` does, for tokenizers that need whole documents: each is a line"
+    held = []
+    share = 0
+    for n,text in blocks:
+        share += n
+        lines,line_end,rest = text.rpartition('\n')
+        if line_end:
+            yield share, ''.join([*held, lines, line_end]), False
+            held = []
+            share = 0
+        held.append(rest)
+    yield share, ''.join(held), True
 
 # %% ../nbs/00b_pieces.ipynb #06c9baae
 def _total(docs):
@@ -75,20 +106,37 @@ def _total(docs):
     if isinstance(docs, Files): return sum(path.stat().st_size for path in docs)
     return len(docs) if hasattr(docs, '__len__') else 0
 
-def _texts(docs, cut):
+def _blocks(doc):
+    "A long string in blocks"
+    starts = range(0, len(doc), _BLOCK)
+    for i in starts: yield int(i == starts[-1]), doc[i:i+_BLOCK]
+
+def _with_line_ends(doc):
+    "The string with '\\n' for each end of a line"
+    return io.IncrementalNewlineDecoder(None, translate=True).decode(doc, final=True)
+
+def _parts(docs, cut, by_line):
     "(its share of `_total`, text, whether its document ends) one after the other"
+    def cut_up(blocks, name):
+        if not by_line: return cut_parts(blocks, cut, name)
+        return _lines(cut_parts(blocks, cut, name) if cut else _whole_lines(blocks))
+
     if isinstance(docs, Files):
-        for path in docs: yield from read_blocks(path, cut)
+        for path in docs:
+            yield from cut_up(read_file(path, docs.encoding, _BLOCK), path)
         return
     for i,doc in enumerate(docs):
-        if not isinstance(doc, str):
-            raise TypeError(f"docs must be strings, got {repr(doc)[:60]} as number {i}")
-        yield 1, doc, True
+        if not isinstance(doc, str): refuse_doc(doc, i)
+        if by_line: doc = _with_line_ends(doc)
+        if len(doc) > _BLOCK: yield from cut_up(_blocks(doc), f"document {i}")
+        elif by_line: yield from _lines([(1, doc, True)])
+        else: yield 1, doc, True
 
 def read_pieces(
     docs:Iterable, # Documents as strings, read once, or `Files`
-    cut:re.Pattern=None, # Where files may be cut, see `read_blocks`
-    progress:bool=False # Show a bar?
+    cut:re.Pattern=None, # Where long ones may be cut, see `cut_parts`
+    progress:bool=False, # Show a bar?
+    by_line:bool=False # Is each line a document?
 ) -> Iterator: # Of lists of (text, whether its document ends)
     "All documents in pieces of about a million characters."
     total = _total(docs) if progress else 0
@@ -97,7 +145,7 @@ def read_pieces(
     piece = []
     size = 0  # of the piece, in characters and one for each text
     done = 0
-    for n,text,ends in _texts(docs, cut):
+    for n,text,ends in _parts(docs, cut, by_line):
         piece.append((text, ends))
         size += len(text)+1
         done += n
@@ -105,5 +153,6 @@ def read_pieces(
             yield piece
             piece = []
             size = 0
-        if bar: bar.update(done)
+        if bar and n: bar.update(done)
     if piece: yield piece
+    if bar: bar.update(total)

@@ -15,8 +15,10 @@ import numpy as np, torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import check_int
+from .documents import check_docs, check_text
 from .encode import FixedIds, NewIds, encode_all, prepare_tokenizer
-from .pieces import find_files, read_pieces
+from .files import Files, find_files
+from .pieces import read_pieces
 from .store import CHUNK, commit, ids_dtype, writing
 from .stream import TokenStream
 
@@ -114,6 +116,7 @@ def from_docs(cls:TokenStream,
     vocab:Sequence=None, # Tokens to use, and no others
     eos:str=None, # Token to put after each document
     n_workers:int=0, # Processes that tokenize, none but this one if 0
+    by_line:bool=False, # Is each line a document? Empty lines are left out
     progress:bool=True # Show a bar, where it is known how much will come?
 ) -> TokenStream: # In memory, or opened at `path`; its `docs` are where documents begin
     """A stream of all documents one after the other.
@@ -121,14 +124,16 @@ def from_docs(cls:TokenStream,
     `tokenizer` is 'words', 'chars', a function from a text to its tokens, or one of
     fastai's or Hugging Face's. The vocab is in order of first appearance. Documents
     without a token begin nowhere. Needs memory for the vocab, 8 bytes a document and
-    some pieces of about 1 MB (of one document, if longer).
+    some pieces of about 1 MB: a longer document is cut after a line, or else before a
+    space, so no word is cut. (If 1 MB has neither, it is cut all the same, with a
+    warning. fastai's tokenizers get whole documents.)
 
-    Raises `ValueError` for no token at all and for a token outside `vocab` (without
-    `unk` in it), `RuntimeError` if another process is writing `path`, and what `docs`
-    or `tokenizer` raise; after a failure `path` is as before."""
-    if isinstance(docs, str):
-        raise TypeError("docs must be an iterable of strings, got one string; "
-                        "use from_text")
+    Raises `TypeError` for `docs` that hold no strings (tables, dicts, paths), and says
+    what was meant. Raises `ValueError` for no token at all and for a token
+    outside `vocab` (without `unk` in it), `RuntimeError` if another process is writing
+    `path`, and what `docs` or `tokenizer` raise. After a failure `path` is as it was
+    before."""
+    if not isinstance(docs, Files): check_docs(docs)
     tok = prepare_tokenizer(tokenizer)
     _check_options(tok, vocab, min_freq, max_vocab, n_workers)
     ids_of = _start_ids(tok, vocab, unk)
@@ -136,7 +141,7 @@ def from_docs(cls:TokenStream,
     target = nullcontext() if path is None else writing(path)
     with target as folder, tempfile.TemporaryFile(dir=folder) as file:
         draft = _Draft(file)
-        pieces = read_pieces(docs, tok.cut, progress)
+        pieces = read_pieces(docs, tok.cut, progress, by_line)
         with closing(encode_all(pieces, tok, ids_of, mark, n_workers)) as encoded:
             for ids,parts in encoded: draft.add(ids, parts)
         if draft.length == 0:
@@ -160,10 +165,8 @@ def from_text(cls:TokenStream,
     text:str, # All of it
     **kwargs
 ) -> TokenStream:
-    "A stream of one text; see `from_docs`"
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a string, got {repr(text)[:60]}; for files use "
-                        "from_files")
+    "A stream of one text; see `from_docs`. Raises `TypeError` for a file's name."
+    check_text(text)
     return cls.from_docs([text], **kwargs)
 
 # %% ../nbs/00b_text.ipynb #5cf78a12
@@ -172,12 +175,18 @@ def from_text(cls:TokenStream,
 def from_files(cls:TokenStream,
     paths:str|Path|Iterable, # A text file, a folder of them, or a list of both
     suffix:str='.txt', # Which files below a folder, in sorted order
+    encoding:str='utf-8', # Of all files, by the name that Python has for it
     **kwargs
 ) -> TokenStream:
-    """A stream of text files in UTF-8, each a document; see `from_docs`.
+    """A stream of text files, each a document; see `from_docs`.
 
-    '\\r\\n' becomes '\\n'. Files are read and tokenized in blocks of about 1 MB, cut
-    after a line or else before a space, so no word is cut. (fastai's tokenizers look at
-    whole documents; for them files are read whole.) Raises `ValueError` for an empty
-    file, for no file and, with the place, for bytes that are not UTF-8."""
-    return cls.from_docs(find_files(paths, suffix), **kwargs)
+    Files packed with gzip, bzip2 or xz are read as they are. A byte order mark is
+    dropped, line ends become '\\n' as with Python's `open`. Below a folder, `suffix`
+    means packed files, too ('.txt.gz'), and those in upper case; hidden files and
+    folders are left out, as are empty files, and none is read twice: neither through a
+    link nor packed beside itself. Files are read in blocks of about 1 MB.
+
+    Raises `FileNotFoundError` for a path where nothing is, `ValueError` for no file,
+    an empty one, one that is no text (archives, tables, PDF) or is damaged, and, with
+    the place, for bytes that are not in `encoding`."""
+    return cls.from_docs(find_files(paths, suffix, encoding), **kwargs)
