@@ -25,7 +25,9 @@ def _facts(tok, core):
 def _same_spacy(tok, other):
     "Do they have the same rules? One may have been changed after it was made"
     ours,theirs = tok.pipe.__self__.tokenizer, other.pipe.__self__.tokenizer
-    return ours.to_bytes() == theirs.to_bytes()
+    def rules(o): return o.rules, [f and f.__self__ for f in (
+        o.prefix_search, o.suffix_search, o.infix_finditer, o.token_match, o.url_match)]
+    return rules(ours) == rules(theirs)
 
 # %% ../nbs/00b_fastai_json.ipynb #35b43331
 def fastai_tokenizer(
