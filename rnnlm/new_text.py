@@ -49,22 +49,22 @@ def _ids_of_vocab(stream):
 def encode(self:TokenStream,
     text:str, # What to encode
     tokenizer:str|Callable=None # What cuts it; None: the stream's own
-) -> torch.Tensor: # int64 ids, 1-D; empty if there is no token in `text`
+) -> torch.Tensor: # int64 ids, 1-D; none for ''
     """The ids of a new text, the counterpart of `decode`; no `bos` or `eos` is added.
 
     A token outside the vocab becomes `unk`. Raises `ValueError` for such a token where
     the vocab has no `unk`, and if the stream does not know its tokenizer. The versions
     of packages, as spaCy, are not stored: another one may cut in another way."""
     if not isinstance(text, str):
-        raise TypeError(f"text must be a string, got {repr(text)[:60]}; encode one text "
-                        "after the other")
+        raise TypeError(f"text must be a string, got {repr(text)[:60]}; encode one "
+                        "text after the other")
     tokenizer = self.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise ValueError("tokenizer must be given, encode(text, tokenizer=f): this "
                          "stream does not know its own. A function, rules of your own "
                          "and what from_tokens got can't be stored")
     tok = prepare_tokenizer(tokenizer)
-    tokens = _tokenize(self, text, tok)
+    tokens = _tokenize(self, text, tok) if text else []
     if tok.vocab is not None:
         _check_same_vocab(self, tok)
         return torch.tensor(tokens, dtype=torch.int64)

@@ -79,6 +79,7 @@ def find_known_words(
         tokens += [part] if part in special else find_words(part)
     return tokens
 
+# %% ../nbs/00a_words.ipynb #c84066b3
 def _without_space(line, quoted):
     "The tokens of a line in groups to be written as one; is a quotation open?"
     groups = []

@@ -3,7 +3,7 @@ import json, os, pickle, random, subprocess, sys, unicodedata
 import pytest, torch
 from rnnlm.encode import prepare_tokenizer
 from rnnlm.text import TokenStream
-from rnnlm.words import WORDS, find_words, join_words, special_words
+from rnnlm.words import WORDS, find_words, join_words
 import rnnlm.pieces
 
 def made(docs, tokenizer='words', **kwargs):
@@ -30,7 +30,8 @@ def test_marks_and_joiners_stay_with_their_word(text, words):
 def test_an_emoji_is_one_token():
     emoji = ['👩‍🚀', '👍🏽', '🇩🇪', '🇫🇷', '❤️', '1️⃣', '👨‍👩‍👧', '🏴󠁧󠁢󠁥󠁮󠁧󠁿']
     assert find_words(' '.join(emoji)) == emoji
-    assert find_words('🇩🇪🇫🇷') == ['🇩🇪', '🇫🇷'] and find_words('ok👍🏽!') == ['ok', '👍🏽', '!']
+    assert find_words('🇩🇪🇫🇷') == ['🇩🇪', '🇫🇷']
+    assert find_words('ok👍🏽!') == ['ok', '👍🏽', '!']
 
 def test_a_mark_at_the_start_begins_a_word():
     assert find_words('\u0301a b') == ['\u0301a', 'b']
@@ -59,7 +60,7 @@ def test_words_are_joined_as_people_write():
     assert stream.decode(sep=' ').startswith('" Don\'t ( ever ) go , " she')
     assert TokenStream.from_tokens(['a', ',']).decode() == 'a ,'  # not of 'words'
 
-def test_decoded_words_give_the_same_ids(tmp_path):
+def test_decoded_words_give_the_same_ids():
     vocab = [*'abé"\'’“”.,:;!?()[]{}\n-19<>\u0301\u200d🇩👩🏽世…।', "it's", 'e\u0301x',
              '👩\u200d', '<eos>', ':)', "'s", '(<eos>', '...', '<unk>']
     stream = TokenStream([0], vocab)
@@ -88,11 +89,13 @@ def bpe():
 def tokenizers(bpe):
     from fastai.text.core import BaseTokenizer, SpacyTokenizer, Tokenizer
     class FromTransformers: backend_tokenizer = bpe
-    return dict(words='words', chars='chars', base=BaseTokenizer(), spacy=SpacyTokenizer,
-                rules=Tokenizer(SpacyTokenizer('de'), rules=[]), bpe=bpe,
+    return dict(words='words', chars='chars', base=BaseTokenizer(),
+                spacy=SpacyTokenizer, rules=Tokenizer(SpacyTokenizer('de'), rules=[]), bpe=bpe,
                 transformers=FromTransformers())
 
-@pytest.mark.parametrize('name', 'words chars base spacy rules bpe transformers'.split())
+names = 'words chars base spacy rules bpe transformers'.split()
+
+@pytest.mark.parametrize('name', names)
 def test_a_stream_encodes_a_new_text(name, bpe, tmp_path):
     tok = tokenizers(bpe)[name]
     docs = ['The cat sat on the mat. "No," said the CAT!']
@@ -104,8 +107,7 @@ def test_a_stream_encodes_a_new_text(name, bpe, tmp_path):
         ids = o.encode(docs[0])
         assert ids.dtype == torch.int64 and ids.tolist() == stream.ids.tolist()
         empty = o.encode('')
-        assert empty.dtype == torch.int64 and empty.ndim == 1
-    if name in ('words', 'chars', 'bpe'): assert len(empty) == 0
+        assert empty.dtype == torch.int64 and empty.shape == (0,)
     again = made(docs, stream.tokenizer)  # what is kept is a tokenizer, too
     assert again.ids.equal(stream.ids) and again.tokenizer == stream.tokenizer
 
@@ -155,7 +157,7 @@ def test_encode_takes_a_string_and_the_own_vocab(bpe):
     for wrong in ['a'], b'a', None, torch.tensor([0]):
         with pytest.raises(TypeError, match='text must be a string, got'):
             stream.encode(wrong)
-    with pytest.raises(ValueError, match="tokenizer has a vocab of .* not the stream's"):
+    with pytest.raises(ValueError, match="tokenizer has a vocab of .* the stream's"):
         stream.encode('a', tokenizer=bpe)
 
 def test_old_headers_open(tmp_path):
@@ -207,7 +209,8 @@ class Own:
 if __name__ == '__main__':
     multiprocessing.set_start_method('spawn')
     def never(*args): raise AssertionError('a process was started')
-    for tok in (lambda o: o.split()), own, functools.partial(own), Own(), Own().__call__:
+    part = functools.partial(own)
+    for tok in (lambda o: o.split()), own, part, Own(), Own().__call__:
         start = multiprocessing.process.BaseProcess.start
         if {refused}: multiprocessing.process.BaseProcess.start = never
         try:
@@ -227,7 +230,7 @@ def test_a_tokenizer_that_cannot_be_sent_is_named_before_a_process_starts():
     out = run('-c', SPAWN.format(refused=True))  # no module to import: as in a notebook
     assert len(out) == 6 and out[-1].startswith('TokenStream(2 tokens')
     for line in out[:-1]:
-        assert line.startswith('n_workers must be 0 for tokenizer <') or 'partial' in line
+        assert line.startswith('n_workers must be 0 for tokenizer ')
         assert 'define it in a module (a .py file) and import it, or leave' in line
     assert "it can't be pickled" in out[0]
     assert "a new process can't import 'own' from here" in out[1]
@@ -242,7 +245,7 @@ def test_a_function_of_a_script_can_be_sent(tmp_path):
 def end(text): os._exit(3)
 
 def test_a_worker_that_ends_is_a_clear_error(tmp_path):
-    with pytest.raises(RuntimeError, match='a worker process ended before its work was'):
+    with pytest.raises(RuntimeError, match='a worker process ended before its'):
         made(['a'], end, n_workers=1, path=tmp_path/'s')
     assert not [*tmp_path.iterdir()]
 
