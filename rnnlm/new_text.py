@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from fastcore.basics import patch
 from .encode import FixedIds, prepare_tokenizer
-from .stream import TokenStream
+from .stream import TokenStream, special_of
 from .words import find_known_words
 
 # %% ../nbs/00b_new_text.ipynb #d51d1fe1
@@ -26,7 +26,7 @@ def _find_chars(text, longer):
 
 def _tokenize(stream, text, tok):
     "The tokens, or ids, of one text"
-    if tok.stored == 'words': return find_known_words(text, stream._special_words())
+    if tok.stored == 'words': return find_known_words(text, special_of(stream))
     if tok.stored == 'chars':
         return _find_chars(text, [o for o in stream.vocab if len(o) > 1])
     return [*tok.tokenize([text])][0]

@@ -56,6 +56,22 @@ def _hf_tokenizer(js):
                          ) from None
     return Tokenizer.from_str(js)
 
+def special_of(
+    stream # A `TokenStream`
+) -> frozenset:
+    "The tokens of its vocab that 'words' would cut, as '<eos>'; looked for once"
+    if 'special' not in stream._of_vocab:
+        stream._of_vocab['special'] = special_words(stream.vocab)
+    return stream._of_vocab['special']
+
+def _decode(stream, ids):
+    "The text of a list of ids, as the stream's tokenizer writes it"
+    if is_hugging_face(stream.tokenizer):
+        return _hf_tokenizer(stream.tokenizer).decode(ids, skip_special_tokens=False)
+    tokens = (stream.vocab[i] for i in ids)
+    if stream.tokenizer == 'words': return join_words(tokens, special_of(stream))
+    return stream.sep.join(tokens)
+
 # %% ../nbs/00a_stream.ipynb #1ee0c0a9
 class TokenStream:
     """One long text: token ids, the vocab they index, and where its documents begin.
@@ -114,18 +130,8 @@ class TokenStream:
         if ids.numel() == 0: return ''
         check_ids(ids, len(self.vocab))
         ids = ids.flatten().tolist()
-        if sep is None and is_hugging_face(self.tokenizer):
-            return _hf_tokenizer(self.tokenizer).decode(ids, skip_special_tokens=False)
-        tokens = (self.vocab[i] for i in ids)
-        if sep is None and self.tokenizer == 'words':
-            return join_words(tokens, self._special_words())
-        return (self.sep if sep is None else sep).join(tokens)
-
-    def _special_words(self):
-        "The tokens of the vocab that 'words' would cut, as '<eos>'; looked for once"
-        if 'special' not in self._of_vocab:
-            self._of_vocab['special'] = special_words(self.vocab)
-        return self._of_vocab['special']
+        if sep is None: return _decode(self, ids)
+        return sep.join(self.vocab[i] for i in ids)
 
 # %% ../nbs/00a_stream.ipynb #5546a631
 @patch

@@ -31,12 +31,14 @@ _SYMBOL = (rf'(?:{_FLAG}|[^\w\s])(?:{_MARK}|(?![\0-\uffff])[{_EMOJI}]'
            r'|(?<=\u200d)[^\w\s\0-\x7f])*')  # a joiner binds the next emoji
 WORDS = re.compile(rf"{_WORD}(?:['’]{_WORD})*|{_SYMBOL}|\n")
 _PLAIN = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]|\n")  # the same, where no mark is
+_MAY_HAVE_MARKS = re.compile(f'[{_MARKS}\U00010000-\U0010ffff]')
 
 def find_words(
     text:str # Any text
 ) -> list:
-    "What `WORDS` finds in `text`; quicker for ASCII, which has no marks"
-    return (_PLAIN if text.isascii() else WORDS).findall(text)
+    "What `WORDS` finds in `text`; quicker where there are no marks"
+    is_plain = text.isascii() or not _MAY_HAVE_MARKS.search(text)
+    return (_PLAIN if is_plain else WORDS).findall(text)
 
 # %% ../nbs/00a_words.ipynb #8215ab19
 def as_bytes(
@@ -95,8 +97,8 @@ def _without_space(line, quoted):
 
 def _joined(group, special):
     "The tokens of a group as one string, with spaces if they would change without"
+    if len(group) == 1: return group[0]
     text = ''.join(group)
-    if len(group) == 1: return text
     changes = text in special or find_words(text) != group
     return ' '.join(group) if changes else text
 

@@ -89,9 +89,9 @@ def bpe():
 def tokenizers(bpe):
     from fastai.text.core import BaseTokenizer, SpacyTokenizer, Tokenizer
     class FromTransformers: backend_tokenizer = bpe
-    return dict(words='words', chars='chars', base=BaseTokenizer(),
-                spacy=SpacyTokenizer, rules=Tokenizer(SpacyTokenizer('de'), rules=[]), bpe=bpe,
-                transformers=FromTransformers())
+    rules = Tokenizer(SpacyTokenizer('de'), rules=[])
+    return dict(words='words', chars='chars', base=BaseTokenizer(), rules=rules,
+                spacy=SpacyTokenizer, bpe=bpe, transformers=FromTransformers())
 
 names = 'words chars base spacy rules bpe transformers'.split()
 
