@@ -60,7 +60,10 @@ def _stored(text):
     "The tokenizer that a stream keeps as `text`"
     if text in _NAMED: return _NAMED[text]
     if text.startswith(FASTAI): return prepare_tokenizer(fastai_from_json(text))
-    from tokenizers import Tokenizer
+    try: from tokenizers import Tokenizer
+    except ImportError:
+        raise ImportError("this tokenizer is one of Hugging Face: `pip install "
+                          "tokenizers` to use it") from None
     return _of_hugging_face(Tokenizer.from_str(text))
 
 def prepare_tokenizer(
@@ -185,8 +188,9 @@ def _work(item, tokenize, ids_of, eos, bos):
 def _encode_in_workers(items, n_workers, tokenize, ids_of, eos, bos):
     start = NewIds() if isinstance(ids_of, NewIds) else ids_of
     work = partial(_work, tokenize=tokenize, ids_of=start, eos=eos, bos=bos)
-    what = getattr(tokenize, 'args', [tokenize])[0]  # of partial(map, tokenizer)
-    for ids,parts,tokens in map_in_workers(work, items, n_workers, f'tokenizer {what}'):
+    given = getattr(tokenize, 'args', [tokenize])[0]  # in partial(map, given)
+    what = f'tokenizer {repr(given)[:60]}'
+    for ids,parts,tokens in map_in_workers(work, items, n_workers, what):
         if tokens is not None: ids = number(tokens, ids_of)[ids]
         yield ids, parts
 

@@ -4,7 +4,7 @@ import pytest, torch
 from rnnlm.encode import prepare_tokenizer
 from rnnlm.text import TokenStream
 from rnnlm.words import WORDS, find_words, join_words
-import rnnlm.pieces
+import rnnlm.encode, rnnlm.pieces
 
 def made(docs, tokenizer='words', **kwargs):
     return TokenStream.from_docs(docs, tokenizer, progress=False, **kwargs)
@@ -159,6 +159,13 @@ def test_encode_takes_a_string_and_the_own_vocab(bpe):
             stream.encode(wrong)
     with pytest.raises(ValueError, match="tokenizer has a vocab of .* the stream's"):
         stream.encode('a', tokenizer=bpe)
+
+def test_encoding_without_tokenizers(bpe, monkeypatch):
+    stream = made(['the cat'], bpe)
+    monkeypatch.setitem(sys.modules, 'tokenizers', None)
+    rnnlm.encode._stored.cache_clear()
+    with pytest.raises(ImportError, match='pip install tokenizers'):
+        stream.encode('the')
 
 def test_old_headers_open(tmp_path):
     path = made(['a , b']).save(tmp_path/'s')
