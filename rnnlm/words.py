@@ -55,7 +55,7 @@ class KnownWords(dict):
 
     def __missing__(self, text):
         ids = as_bytes(map(self.ids_of.__getitem__, find_words(text)))
-        self[text] = ids
+        if len(text) < 100: self[text] = ids  # a longer one will hardly come again
         return ids
 
 # %% ../nbs/00a_words.ipynb #e2e20fca
