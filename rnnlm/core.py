@@ -19,9 +19,13 @@ def check_ids(
     """Raise `TypeError` unless `ids` are integers.
 
     Raises `ValueError` unless all lie in 0 to `vocab_sz`-1."""
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{name} must be integer token ids, got {ids.dtype}; "
-                        "convert with .long()")
+    if ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"{name} must be integer token ids, got {ids.dtype}: numbers "
+                        "with fractions are no tokens; batch a series of them with "
+                        "group_chunks, see the tutorial float_series")
+    if ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be integer token ids, got {ids.dtype}; convert "
+                        "with .long()")
     if ids.dtype == torch.uint16: ids = ids.int()  # torch has no minimum of these
     lo,hi = (int(o) for o in ids.aminmax())
     if lo < 0 or hi >= vocab_sz:

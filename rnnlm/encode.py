@@ -6,17 +6,15 @@
 __all__ = []
 
 # %% ../nbs/00b_encode.ipynb #d8a9630e
-import multiprocessing, os, re, signal, sys, threading
-from array import array
-from collections import deque
+import re
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 import numpy as np
-
-# %% ../nbs/00b_encode.ipynb #f3c7d148
-WORDS = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]|\n")
+from .fastai_json import fastai_from_json, fastai_to_json, fastai_tokenizer
+from .stream import FASTAI
+from .words import KnownWords, WORDS, as_bytes, find_words
+from .workers import map_in_workers
 
 # %% ../nbs/00b_encode.ipynb #20eac862
 AT_LINES = re.compile(r'.*\n|.*(?= )', re.DOTALL)  # after a line, or before a space
@@ -38,13 +36,13 @@ class TextTokenizer:
     tokenize:Callable # From a list of texts to the tokens, or ids, of each
     sep:str=' ' # What `decode` puts between two tokens
     cut:re.Pattern=AT_LINES # Where a file may be cut; None: nowhere
-    is_words:bool=False # Is it 'words'?
     vocab:list=None # The tokens by their ids, if `tokenize` gives ids
-    json:str=None # How Hugging Face writes it down
+    stored:str=None # How a stream keeps it: a name or JSON; None: it can't be kept
+    unk:str=None # Its own token for what it does not know, if `tokenize` gives ids
 
 # %% ../nbs/00b_encode.ipynb #10321a46
-_NAMED = {'words': TextTokenizer(partial(map, WORDS.findall), is_words=True),
-          'chars': TextTokenizer(partial(map, list), sep='', cut=AT_CHARS)}
+_NAMED = {'words': TextTokenizer(partial(map, find_words), stored='words'),
+          'chars': TextTokenizer(partial(map, list), '', AT_CHARS, stored='chars')}
 
 def _hf_ids(tokenizer, texts):
     "The ids of each text"
@@ -59,36 +57,36 @@ def _of_hugging_face(tokenizer):
     if not ids: raise ValueError("tokenizer has no vocab yet; train it first")
     vocab = [''] * (max(ids.values())+1)
     for token,i in ids.items(): vocab[i] = token
-    cut = hf_cut(tokenizer)
-    return TextTokenizer(partial(_hf_ids, tokenizer), cut=cut, vocab=vocab,
-                         json=tokenizer.to_str())
+    return TextTokenizer(partial(_hf_ids, tokenizer), cut=hf_cut(tokenizer),
+                         vocab=vocab, stored=tokenizer.to_str(),
+                         unk=getattr(tokenizer.model, 'unk_token', None))
 
-def _of_fastai(tokenizer):
-    "None if it is no tokenizer of fastai"
-    core = sys.modules.get('fastai.text.core')
-    if core is None: return None  # never imported, so nobody has such a tokenizer
-    bare = core.BaseTokenizer, core.SpacyTokenizer, core.SubwordTokenizer
-    is_class = isinstance(tokenizer, type) and issubclass(tokenizer, bare)
-    if is_class or isinstance(tokenizer, bare): tokenizer = core.Tokenizer(tokenizer)
-    if not isinstance(tokenizer, core.Tokenizer): return None
-    inner = tokenizer.tok
-    if hasattr(inner, 'tok') and inner.tok is None:
-        raise ValueError("tokenizer has no model yet; call its setup(texts) first, or "
-                         "give it an sp_model")
-    # its rules need to see whole documents
-    return TextTokenizer(partial(map, tokenizer), sep=tokenizer.sep, cut=None)
+@lru_cache(maxsize=4)
+def _stored(text):
+    "The tokenizer that a stream keeps as `text`"
+    if text in _NAMED: return _NAMED[text]
+    if text.startswith(FASTAI): return prepare_tokenizer(fastai_from_json(text))
+    try: from tokenizers import Tokenizer
+    except ImportError:
+        raise ImportError("this tokenizer is one of Hugging Face: `pip install "
+                          "tokenizers` to use it") from None
+    return _of_hugging_face(Tokenizer.from_str(text))
 
 def prepare_tokenizer(
     tokenizer:str|Callable # What `TokenStream.from_docs` takes as its tokenizer
 ) -> TextTokenizer:
     "The one face of all tokenizers. Raises `ValueError` for what is none."
-    if isinstance(tokenizer, str) and tokenizer in _NAMED: return _NAMED[tokenizer]
+    is_json = isinstance(tokenizer, str) and tokenizer.startswith('{')
+    if is_json or (isinstance(tokenizer, str) and tokenizer in _NAMED):
+        return _stored(tokenizer)
     # one of `transformers` holds the one that does the work
     tokenizer = getattr(tokenizer, 'backend_tokenizer', tokenizer)
     if hasattr(tokenizer, 'encode_batch') and hasattr(tokenizer, 'to_str'):
         return _of_hugging_face(tokenizer)
-    from_fastai = _of_fastai(tokenizer)
-    if from_fastai is not None: return from_fastai
+    of_fastai = fastai_tokenizer(tokenizer)
+    if of_fastai is not None:  # its rules need to see whole documents
+        return TextTokenizer(partial(map, of_fastai), of_fastai.sep, cut=None,
+                             stored=fastai_to_json(of_fastai))
     if not callable(tokenizer):
         raise ValueError("tokenizer must be 'words', 'chars', a function from a text "
                          "to its tokens, a fastai tokenizer or a Hugging Face "
@@ -137,7 +135,9 @@ def encode(
     piece:list, # Of (text, whether its document ends)
     tokenize:Callable, # From a list of texts to the tokens, or ids, of each
     ids_of:dict=None, # The id of each token; None: `tokenize` gives ids
-    eos:str|int=None # To put after each document: a token, or an id
+    eos:str|int=None, # To put after each document: a token, or an id
+    bos:str|int=None, # To put before each document
+    begins:bool=True # Does the first text begin its document?
 ) -> tuple: # The ids (uint32), and a list of (number of ids, whether the document ends)
     "The ids of a piece. Raises `TypeError` if the tokenizer gives no lists of strings."
     tokens = []
@@ -148,96 +148,80 @@ def encode(
             raise TypeError("tokenizer must give a list of tokens, got one string, "
                             f"{new[:20]!r}")
         start = len(tokens)
+        if begins and bos is not None: tokens.append(bos)
         tokens += new
         if ends and eos is not None: tokens.append(eos)
         parts.append((len(tokens)-start, ends))
+        begins = ends
     if tokens and not isinstance(tokens[0], str | int):
         raise TypeError(f"tokenizer must give strings, got {repr(tokens[0])[:60]}")
     return number(tokens, ids_of), parts
 
 # %% ../nbs/00b_encode.ipynb #bca82d63
 _MOST_KNOWN = 2**20  # entries
-_ID_BYTES = array('I').itemsize
-
-def _as_bytes(ids): return array('I', ids).tobytes()
-
-class KnownWords(dict):
-    "The ids of what stands between two spaces, as bytes of uint32"
-    def __init__(self,
-        ids_of:dict # The id of each token
-    ): self.ids_of = ids_of
-
-    def __missing__(self, text):
-        ids = _as_bytes(map(self.ids_of.__getitem__, WORDS.findall(text)))
-        if len(text) < 100: self[text] = ids  # a longer one will hardly come again
-        return ids
 
 def encode_words(
     piece:list, # Of (text, whether its document ends)
     known:KnownWords, # What was met before, and what is met now
-    eos:str=None # The token to put after each document
+    eos:str=None, # The token to put after each document
+    bos:str=None, # The token to put before each document
+    begins:bool=True # Does the first text begin its document?
 ) -> tuple: # As of `encode`
     "What `encode` gives for 'words', most of it from memory"
     if len(known) > _MOST_KNOWN: known.clear()
     encoded = []
     parts = []
+    id_bytes = len(as_bytes([0]))
     for text,ends in piece:
-        data = b''.join(map(known.__getitem__, text.split(' ')))
-        if ends and eos is not None: data += _as_bytes([known.ids_of[eos]])
+        data = b''
+        if begins and bos is not None: data = as_bytes([known.ids_of[bos]])
+        data += b''.join(map(known.__getitem__, text.split(' ')))
+        if ends and eos is not None: data += as_bytes([known.ids_of[eos]])
         encoded.append(data)
-        parts.append((len(data)//_ID_BYTES, ends))
+        parts.append((len(data)//id_bytes, ends))
+        begins = ends
     return np.frombuffer(b''.join(encoded), np.uint32), parts
 
 # %% ../nbs/00b_encode.ipynb #90afafcf
-def _go_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-def _start_worker(*setup):
-    "In a new process: one thread, no answer to Ctrl-C, and no life without the parent"
-    global _setup
-    _setup = setup
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_go_with_parent, daemon=True).start()
-
-def _work(piece):
+def _work(item, tokenize, ids_of, eos, bos):
     "In a worker: what `encode` gives, and the tokens that its ids mean if they are new"
-    tokenize,ids_of,eos = _setup
+    piece,begins = item
     new = isinstance(ids_of, NewIds)
     if new: ids_of = NewIds()
-    ids,parts = encode(piece, tokenize, ids_of, eos)
+    ids,parts = encode(piece, tokenize, ids_of, eos, bos, begins)
     return ids, parts, [*ids_of] if new else None
 
-def _encode_in_workers(pieces, n_workers, tokenize, ids_of, eos):
+def _encode_in_workers(items, n_workers, tokenize, ids_of, eos, bos):
     start = NewIds() if isinstance(ids_of, NewIds) else ids_of
-
-    def result(future):
-        ids,parts,tokens = future.result()
+    work = partial(_work, tokenize=tokenize, ids_of=start, eos=eos, bos=bos)
+    given = getattr(tokenize, 'args', [tokenize])[0]  # in partial(map, given)
+    what = f'tokenizer {repr(given)[:60]}'
+    for ids,parts,tokens in map_in_workers(work, items, n_workers, what):
         if tokens is not None: ids = number(tokens, ids_of)[ids]
-        return ids, parts
+        yield ids, parts
 
-    with ProcessPoolExecutor(n_workers, initializer=_start_worker,
-                             initargs=(tokenize, start, eos)) as pool:
-        under_way = deque()
-        for piece in pieces:
-            under_way.append(pool.submit(_work, piece))
-            if len(under_way) >= 2*n_workers: yield result(under_way.popleft())
-        while under_way: yield result(under_way.popleft())
+def _with_begins(pieces):
+    "(piece, whether its first text begins a document) of each piece"
+    begins = True
+    for piece in pieces:
+        yield piece, begins
+        begins = piece[-1][1]
 
 def encode_all(
     pieces:Iterable, # Pieces as `encode` takes them
     tokenizer:TextTokenizer, # What cuts them into tokens
     ids_of:dict=None, # The id of each token; None: the tokenizer gives ids
     eos:str|int=None, # To put after each document: a token, or an id
-    n_workers:int=0 # Processes that tokenize; 0: this one
+    n_workers:int=0, # Processes that tokenize; 0: this one
+    bos:str|int=None # To put before each document
 ) -> Iterator: # Of what `encode` gives; close it to stop the workers
     "The ids of all pieces in order"
-    tokenize = tokenizer.tokenize
+    tokenize,items = tokenizer.tokenize,_with_begins(pieces)
     if n_workers:
-        yield from _encode_in_workers(pieces, n_workers, tokenize, ids_of, eos)
-    elif tokenizer.is_words:
+        yield from _encode_in_workers(items, n_workers, tokenize, ids_of, eos, bos)
+    elif tokenizer.stored == 'words':
         known = KnownWords(ids_of)
-        for piece in pieces: yield encode_words(piece, known, eos)
+        for piece,begins in items: yield encode_words(piece, known, eos, bos, begins)
     else:
-        for piece in pieces: yield encode(piece, tokenize, ids_of, eos)
+        for piece,begins in items:
+            yield encode(piece, tokenize, ids_of, eos, bos, begins)

@@ -12,6 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from .canvas import ink_on, new_axes, short_label, token_strings
+from .stream import is_hugging_face
 
 # %% ../nbs/05d_shading.ipynb #26c611a8
 _LISTED = '<span style="display:inline-block;margin-right:1em">{} <b>{}</b></span>'
@@ -124,6 +125,7 @@ def shade_text(
 ) -> ShadedText:
     "The end of `text`, shaded"
     words = token_strings(text)[-len(values):]
-    if not text.tokenizer: return ShadedText(words, values, name, text.sep, signed)
+    if not is_hugging_face(text.tokenizer):
+        return ShadedText(words, values, name, text.sep, signed)
     for mark,shown in _MARKS.items(): words = [o.replace(mark, shown) for o in words]
     return ShadedText(words, values, name, '', signed)

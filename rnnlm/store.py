@@ -97,15 +97,16 @@ def commit(
     chunks, # Iterable of arrays, none empty: the ids, in order
     vocab, # Sequence of tokens, all strings
     sep:str, # What `decode` puts between tokens
-    tokenizer:str=None, # JSON of a Hugging Face tokenizer
-    docs:np.ndarray=None # Positions at which documents begin
+    tokenizer:str=None, # As `TokenStream` has it: a name, or JSON
+    docs:np.ndarray=None, # Positions at which documents begin
+    unk:str=None # The token for unknown ones
 ):
     "Write a stream into `folder`; an old one is in place until the header is replaced"
     ids = _write(folder, 'ids', chunks, ids_dtype(len(vocab)))
     if docs is not None:
         docs = _write(folder, 'docs', [docs] if len(docs) else [], np.dtype('<i8'))
     header = dict(format=_FORMAT, version=_VERSION, ids=ids, docs=docs, sep=sep,
-                  tokenizer=tokenizer, vocab=[*vocab])
+                  tokenizer=tokenizer, unk=unk, vocab=[*vocab])
     text = json.dumps(header, indent=1, ensure_ascii=False)
     tmp = folder/'stream.tmp'
     with tmp.open('wb') as f:
@@ -131,7 +132,8 @@ def save(self:TokenStream,
             raise TypeError(f"the tokens of a saved vocab must be strings, got {t!r}")
     with writing(path) as folder:
         chunks = (self.ids[i:i+CHUNK].numpy() for i in range(0, len(self), CHUNK))
-        commit(folder, chunks, self.vocab, self.sep, self.tokenizer, self.docs)
+        commit(folder, chunks, self.vocab, self.sep, self.tokenizer, self.docs,
+               self.unk)
     return Path(path)
 
 # %% ../nbs/00c_store.ipynb #3501c6de
@@ -226,8 +228,10 @@ def open(cls:TokenStream,
                              f"to {top}: they do not belong together")
     res = object.__new__(cls)
     maps = tuple(o for o in (ids_map, docs_map) if o is not None)
+    unk = header.get('unk')  # not in the headers of the first streams
     res.__dict__.update(ids=torch.from_numpy(ids), vocab=vocab, sep=sep, docs=docs,
-                        tokenizer=tokenizer, _maps=maps, _sha256=sha256)
+                        tokenizer=tokenizer, unk=unk, _maps=maps, _sha256=sha256,
+                        _of_vocab={})
     return res
 
 # %% ../nbs/00c_store.ipynb #57cd7847

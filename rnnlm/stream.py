@@ -13,6 +13,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .core import check_ids
+from .words import join_words, special_words
 
 # %% ../nbs/00a_stream.ipynb #a5b9028d
 def _check_ids(ids, vocab_sz):
@@ -37,6 +38,14 @@ def _check_docs(docs, n):
     return docs
 
 # %% ../nbs/00a_stream.ipynb #c20f7dfc
+FASTAI = '{"fastai": '  # how the JSON of a tokenizer of fastai begins
+
+def is_hugging_face(
+    tokenizer:str # A stream's `tokenizer`
+) -> bool:
+    "Is it the JSON of a tokenizer of Hugging Face?"
+    return bool(tokenizer) and tokenizer[0] == '{' and not tokenizer.startswith(FASTAI)
+
 @lru_cache(maxsize=4)
 def _hf_tokenizer(js):
     "The Hugging Face tokenizer of which `js` is the JSON"
@@ -47,14 +56,32 @@ def _hf_tokenizer(js):
                          ) from None
     return Tokenizer.from_str(js)
 
+def special_of(
+    stream # A `TokenStream`
+) -> frozenset:
+    "The tokens of its vocab that 'words' would cut, as '<eos>'; looked for once"
+    if 'special' not in stream._of_vocab:
+        stream._of_vocab['special'] = special_words(stream.vocab)
+    return stream._of_vocab['special']
+
+def _decode(stream, ids):
+    "The text of a list of ids, as the stream's tokenizer writes it"
+    if is_hugging_face(stream.tokenizer):
+        return _hf_tokenizer(stream.tokenizer).decode(ids, skip_special_tokens=False)
+    tokens = (stream.vocab[i] for i in ids)
+    if stream.tokenizer == 'words': return join_words(tokens, special_of(stream))
+    return stream.sep.join(tokens)
+
 # %% ../nbs/00a_stream.ipynb #1ee0c0a9
 class TokenStream:
     """One long text: token ids, the vocab they index, and where its documents begin.
 
     `ids` has shape (tokens,) and is int64 in memory, but uint8, uint16 or int32 when
-    opened from disk: use `.long()` on slices. `docs` is a sorted int64 array or None,
-    `tokenizer` the JSON of a Hugging Face tokenizer or None."""
+    opened from disk: use `.long()` on slices. `docs` is a sorted int64 array or None.
+    `tokenizer` is 'words', 'chars', the JSON of one of Hugging Face or fastai, or None
+    (not known); `unk` the token that stands for unknown ones, None if there is none."""
     tokenizer = None
+    unk = None
     _maps = ()  # memory maps, if opened from disk
     _sha256 = None  # the checksum of `ids`, once it is known
 
@@ -67,6 +94,7 @@ class TokenStream:
         self.ids = _check_ids(ids, len(vocab))
         self.docs = None if docs is None else _check_docs(docs, len(ids))
         self.vocab,self.sep = L(list(vocab)),sep
+        self._of_vocab = {}  # what was made of the vocab; slices share it
 
     def __len__(self): return len(self.ids)
 
@@ -102,9 +130,8 @@ class TokenStream:
         if ids.numel() == 0: return ''
         check_ids(ids, len(self.vocab))
         ids = ids.flatten().tolist()
-        if sep is None and self.tokenizer:
-            return _hf_tokenizer(self.tokenizer).decode(ids, skip_special_tokens=False)
-        return (self.sep if sep is None else sep).join(self.vocab[i] for i in ids)
+        if sep is None: return _decode(self, ids)
+        return sep.join(self.vocab[i] for i in ids)
 
 # %% ../nbs/00a_stream.ipynb #5546a631
 @patch
@@ -142,11 +169,13 @@ def split(self:TokenStream,
 def __getstate__(self:TokenStream):
     "These tokens alone, not the memory they are a slice of"
     docs = None if self.docs is None else self.docs.copy()
-    return dict(self.__dict__, ids=self.ids.numpy().copy(), docs=docs, _maps=())
+    return dict(self.__dict__, ids=self.ids.numpy().copy(), docs=docs, _maps=(),
+                _of_vocab={})
 
 @patch
 def __setstate__(self:TokenStream, state):
-    self.__dict__.update(state, ids=torch.from_numpy(state['ids']))
+    old = dict(_of_vocab={})  # pickled by an older version
+    self.__dict__.update(old | state, ids=torch.from_numpy(state['ids']))
 
 @patch
 def new_empty(self:TokenStream) -> TokenStream:

@@ -20,7 +20,7 @@ from .encode import FixedIds, NewIds, encode_all, prepare_tokenizer
 from .files import Files, find_files
 from .pieces import read_pieces
 from .store import CHUNK, commit, ids_dtype, writing
-from .stream import TokenStream
+from .new_text import TokenStream  # with encode
 
 # %% ../nbs/00b_text.ipynb #255ccb35
 _all_ = ['TokenStream']
@@ -88,19 +88,20 @@ def _start_ids(tok, vocab, unk):
     if tok.vocab is not None: return None
     return NewIds() if vocab is None else FixedIds(vocab, unk)
 
-def _eos_mark(tok, ids_of, eos):
-    "What the tokenizer's output gets after each document: `eos`, or its id"
-    if eos is None or isinstance(ids_of, NewIds): return eos
+def _mark(tok, ids_of, name, token):
+    "What stands beside each document, `bos` or `eos`: the token, or its id"
+    if token is None or isinstance(ids_of, NewIds): return token
     known = tok.vocab if ids_of is None else ids_of
-    if eos not in known:
-        raise ValueError(f"eos must be a token of the vocab, got {eos!r}")
-    return tok.vocab.index(eos) if ids_of is None else eos
+    if token not in known:
+        raise ValueError(f"{name} must be a token of the vocab, got {token!r}")
+    return tok.vocab.index(token) if ids_of is None else token
 
-def _settle(draft, vocab, ids_of, eos, unk, min_freq, max_vocab):
+def _settle(draft, vocab, ids_of, marks, unk, min_freq, max_vocab):
     "The vocab without rare tokens, and the new id of each old one"
     if min_freq == 1 and max_vocab is None: return vocab, np.arange(len(vocab))
     counts = draft.counts(len(vocab))
-    if eos is not None: counts[ids_of[eos]] = draft.length  # stays, however rare
+    for token in marks:
+        if token is not None: counts[ids_of[token]] = draft.length  # stays, though rare
     if unk in ids_of: counts[ids_of[unk]] = 0  # it has its place anyway
     return _keep_frequent(vocab, counts, unk, min_freq, max_vocab)
 
@@ -114,6 +115,7 @@ def from_docs(cls:TokenStream,
     max_vocab:int=None, # Most tokens of the vocab, with `unk`: the most frequent ones
     unk:str='<unk>', # Token for all others; first of a vocab that is not complete
     vocab:Sequence=None, # Tokens to use, and no others
+    bos:str=None, # Token to put before each document
     eos:str=None, # Token to put after each document
     n_workers:int=0, # Processes that tokenize, none but this one if 0
     by_line:bool=False, # Is each line a document? Empty lines are left out
@@ -137,25 +139,28 @@ def from_docs(cls:TokenStream,
     tok = prepare_tokenizer(tokenizer)
     _check_options(tok, vocab, min_freq, max_vocab, n_workers)
     ids_of = _start_ids(tok, vocab, unk)
-    mark = _eos_mark(tok, ids_of, eos)
+    before,after = (_mark(tok, ids_of, *o) for o in (('bos', bos), ('eos', eos)))
     target = nullcontext() if path is None else writing(path)
     with target as folder, tempfile.TemporaryFile(dir=folder) as file:
         draft = _Draft(file)
         pieces = read_pieces(docs, tok.cut, progress, by_line)
-        with closing(encode_all(pieces, tok, ids_of, mark, n_workers)) as encoded:
+        all_ids = encode_all(pieces, tok, ids_of, after, n_workers, before)
+        with closing(all_ids) as encoded:
             for ids,parts in encoded: draft.add(ids, parts)
         if draft.length == 0:
             raise ValueError("docs hold no token; a TokenStream needs at least one")
         vocab = tok.vocab if ids_of is None else [*ids_of]
-        vocab,table = _settle(draft, vocab, ids_of, eos, unk, min_freq, max_vocab)
+        vocab,table = _settle(draft, vocab, ids_of, (bos, eos), unk, min_freq,
+                              max_vocab)
+        unk = next((o for o in (tok.unk, unk) if o is not None and o in vocab), None)
         starts = np.array(draft.starts, dtype=np.int64)
         if path is None:
             ids = np.concatenate([*draft.chunks(table)], dtype=np.int64)
             stream = cls(torch.from_numpy(ids), vocab, tok.sep, starts)
-            stream.tokenizer = tok.json
+            stream.tokenizer,stream.unk = tok.stored,unk
             return stream
         chunks = draft.chunks(table.astype(ids_dtype(len(vocab))))
-        commit(folder, chunks, vocab, tok.sep, tok.json, starts)
+        commit(folder, chunks, vocab, tok.sep, tok.stored, starts, unk)
     return cls.open(path)
 
 # %% ../nbs/00b_text.ipynb #28d856c5
