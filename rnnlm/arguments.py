@@ -17,6 +17,7 @@ from torch import nn
 from .callback import grade_same_steps
 from .core import find_stateful
 from .metrics import lm_loss
+from .splits import check_same_vocab
 from .stream import TokenStream
 
 # %% ../nbs/02d_arguments.ipynb #97366d4a
@@ -66,8 +67,13 @@ def fastai_opt(
 def check_dls(
     dls # Should be `DataLoaders`
 ):
-    "Raise `TypeError` unless `dls` has loaders"
-    if hasattr(dls, 'train') and not isinstance(dls, nn.Module): return
+    """Raise `TypeError` unless `dls` has loaders, `ValueError` if their texts have
+    another vocab."""
+    if hasattr(dls, 'train') and not isinstance(dls, nn.Module):
+        texts = [getattr(dl, 'dataset', None) for dl in getattr(dls, 'loaders', [])]
+        vocabs = [o.vocab for o in texts if isinstance(o, TokenStream)]
+        for other in vocabs[1:]: check_same_vocab(vocabs[0], other)
+        return
     name = type(dls).__name__
     todo = "write DataLoaders(train, valid) of two loaders"
     if isinstance(dls, TokenStream): todo = "write stream.dataloaders(bs, sl)"

@@ -242,6 +242,7 @@ def rnn_learner(
     """A `Learner` for a language model, at the speed of the model.
 
     Brings the callbacks that `model` and `dls` need, if they are not among `cbs`:
-    `StateResetter` if the model can forget, `LengthLR` if the lengths of the batches
-    are drawn, `TBPTT` if the windows overlap and the model remembers."""
+    `StateResetter` if the model can forget and `SameSteps` if not, `LengthLR` if the
+    lengths of the batches are drawn, `TBPTT` if the windows overlap and the model
+    remembers."""
     return RNNLearner(dls, model, loss_func, opt_func, cbs=cbs, **kwargs)
