@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 import numpy as np
 from .fastai_json import fastai_from_json, fastai_to_json, fastai_tokenizer
 from .stream import FASTAI
-from .words import KnownWords, WORDS, as_bytes, find_words
+from .words import KnownWords, as_bytes, find_words
 from .workers import map_in_workers
 
 # %% ../nbs/00b_encode.ipynb #20eac862
@@ -76,9 +76,9 @@ def prepare_tokenizer(
     tokenizer:str|Callable # What `TokenStream.from_docs` takes as its tokenizer
 ) -> TextTokenizer:
     "The one face of all tokenizers. Raises `ValueError` for what is none."
-    is_json = isinstance(tokenizer, str) and tokenizer.startswith('{')
-    if is_json or (isinstance(tokenizer, str) and tokenizer in _NAMED):
-        return _stored(tokenizer)
+    if isinstance(tokenizer, str):
+        is_stored = tokenizer in _NAMED or tokenizer.startswith('{')
+        if is_stored: return _stored(tokenizer)
     # one of `transformers` holds the one that does the work
     tokenizer = getattr(tokenizer, 'backend_tokenizer', tokenizer)
     if hasattr(tokenizer, 'encode_batch') and hasattr(tokenizer, 'to_str'):

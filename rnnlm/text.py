@@ -139,7 +139,8 @@ def from_docs(cls:TokenStream,
     tok = prepare_tokenizer(tokenizer)
     _check_options(tok, vocab, min_freq, max_vocab, n_workers)
     ids_of = _start_ids(tok, vocab, unk)
-    before,after = (_mark(tok, ids_of, *o) for o in (('bos', bos), ('eos', eos)))
+    before = _mark(tok, ids_of, 'bos', bos)
+    after = _mark(tok, ids_of, 'eos', eos)
     target = nullcontext() if path is None else writing(path)
     with target as folder, tempfile.TemporaryFile(dir=folder) as file:
         draft = _Draft(file)
