@@ -16,7 +16,7 @@ import numpy as np, pandas as pd, torch
 from torch import nn
 from .core import check_int
 from .logprobs import (
-    TextLines, evaluation_mode, gather, module_to_read, nats_of, probe,
+    TextLines, device_of, evaluation_mode, gather, module_to_read, nats_of, probe,
     read_every_step)
 from .state import map_state
 from .stream import TokenStream
@@ -117,8 +117,8 @@ def read_parts(
     sl:int # Tokens of a part; no gradient goes back to the part before
 ):
     "A generator of the losses of each part, with their graph, and the targets' places"
-    device = next(model.parameters()).device
-    at_once,_ = probe(model, gather(ids, np.zeros((1, 1), int), device))
+    device = device_of(model)
+    at_once,_ = probe(model)
     state = mask = None
     for start in range(0, lines.steps, sl):
         places,counts = lines.places(start, sl)

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/06c_logprobs.ipynb #lp03
 from contextlib import contextmanager
+from itertools import chain
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,13 +43,38 @@ def evaluation_mode(
         for o,mode in modes.items(): o.training = mode
 
 # %% ../nbs/06c_logprobs.ipynb #lp09
+def device_of(
+    model:nn.Module # Any model
+) -> torch.device:
+    "Where its weights are; the CPU if it has none"
+    tensors = chain(model.parameters(), model.buffers())
+    return next((o.device for o in tensors), torch.device('cpu'))
+
+@torch.no_grad()
 def probe(
-    model:nn.Module, # A module with the state protocol
-    token:torch.Tensor # One token id, shape (1, 1)
+    model:nn.Module # A module with the state protocol
 ) -> tuple: # Whether there are logits after every token, and the size of the vocab
     "What the model gives for one token"
+    token = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
     out,_ = model.read(token, None)
     return out.ndim > 2,out.shape[-1]
+
+@torch.no_grad()
+def check_predicts(
+    model:nn.Module, # As `module_to_read` gives it
+    has_memory:bool,
+    vocab_sz:int # The number of tokens of the text's vocab
+):
+    "Raise `ValueError` unless the model gives a logit for each token of the vocab"
+    if has_memory: _,size = probe(model)
+    else:
+        shape = 1,getattr(model, 'n_tokens', 1)
+        x = torch.zeros(shape, dtype=torch.long, device=device_of(model))
+        size = model(x).shape[-1]
+    if size == vocab_sz: return
+    raise ValueError(f"text has a vocab of {vocab_sz} tokens, and the model predicts "
+                     f"one of {size}: it was trained with another vocab, with which "
+                     "the text must be encoded")
 
 def read_every_step(
     model:nn.Module, # A module with the state protocol
@@ -116,6 +142,19 @@ def gather(
     "int64 ids at the places"
     return torch.from_numpy(ids[places].astype(np.int64)).to(device)
 
+def put(
+    logprobs:np.ndarray, # Where they go
+    places:np.ndarray, # To which places
+    nats:torch.Tensor # The losses there
+):
+    "Set the log-probabilities; raises `FloatingPointError` for what is no number"
+    found = -nats.detach().cpu().numpy()
+    if np.isnan(found).any():
+        place = places[np.isnan(found)][0]
+        raise FloatingPointError(f"the model gives nan for token {place} of the text: "
+                                 "look at its weights")
+    logprobs[places] = found
+
 def _window_steps(bs, vocab_sz): return min(STEPS, max(1, LOGITS//(bs*vocab_sz)))
 
 @torch.no_grad()
@@ -126,8 +165,8 @@ def read_lines(
     lines:TextLines
 ) -> np.ndarray: # (tokens,), NaN where nothing was predicted, or does not count
     "The log-probability of each token, given those before it in its line"
-    device = next(model.parameters()).device
-    at_once,vocab_sz = probe(model, gather(ids, np.zeros((1, 1), int), device))
+    device = device_of(model)
+    at_once,vocab_sz = probe(model)
     steps = _window_steps(len(lines.ends), vocab_sz)
     logprobs = np.full(len(ids), np.nan)
     state = mask = None
@@ -136,9 +175,11 @@ def read_lines(
         if begins is not None:
             mask = torch.from_numpy(begins[places]).to(device)
             counts &= ~begins[places+1]
-        x,y = gather(ids, places, device),gather(ids, places+1, device)
+        x = gather(ids, places, device)
+        y = gather(ids, places+1, device)
         out,state = read_every_step(model, x, state, mask, at_once)
-        logprobs[places[counts]+1] = -nats_of(out, y).cpu().numpy()[counts]
+        nats = nats_of(out, y)[torch.from_numpy(counts).to(device)]
+        put(logprobs, places[counts]+1, nats)
     return logprobs
 
 # %% ../nbs/06c_logprobs.ipynb #lp19
@@ -158,7 +199,7 @@ def read_again(
     sl:int # Tokens that it is shown at most
 ) -> np.ndarray: # (tokens,), NaN where nothing was predicted
     "The log-probability of each token, given the last `sl` tokens before it"
-    device = next(model.parameters()).device
+    device = device_of(model)
     exactly = getattr(model, 'n_tokens', None)
     lengths = range(1, sl+1) if exactly is None else [exactly]
     before = np.minimum(_steps_since(begins, len(ids)), lengths[-1])
@@ -170,5 +211,5 @@ def read_again(
             x = gather(ids, part[:,None] + np.arange(-length, 0), device)
             out = model(x)
             if out.ndim > 2: out = out[:,-1]
-            logprobs[part] = -nats_of(out, gather(ids, part, device)).cpu().numpy()
+            put(logprobs, part, nats_of(out, gather(ids, part, device)))
     return logprobs
