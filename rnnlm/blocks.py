@@ -10,8 +10,8 @@ import math
 import numpy as np
 
 # %% ../nbs/06c_blocks.ipynb #bk06
-BLOCKS = 50  # into which a text is cut for a standard error, at most
-MIN_BLOCKS = 10  # below that nothing can be said; of documents it takes twice as many
+BLOCKS = 20  # into which a text is cut for a standard error; so many documents are enough
+MIN_BLOCKS = 10  # of a short text; below that nothing can be said
 
 def ratio_stderr(
     totals:np.ndarray, # What each block has in all, as its nats
@@ -28,11 +28,11 @@ def ratio_stderr(
 def cut_blocks(
     sizes:np.ndarray, # Of the units of a text in order, as 1 for each token
     docs:np.ndarray=None, # The number of the document of each unit, if that is known
-    n_blocks:int=None # How many; None: documents, or 50, or fewer of a short text
+    n_blocks:int=None # How many; None: documents, or 20, or fewer of a short text
 ) -> np.ndarray: # The number of each unit's block
     "Documents if they are known and enough, else blocks of about equal size"
     n_docs = 0 if docs is None else len(np.unique(docs))
-    if n_blocks is None and n_docs >= 2*MIN_BLOCKS: return docs
+    if n_blocks is None and n_docs >= BLOCKS: return docs
     if n_blocks is None: n_blocks = max(MIN_BLOCKS, min(BLOCKS, len(sizes)//100))
     middles = sizes.cumsum()-sizes/2
     return (middles/sizes.sum()*n_blocks).astype(int)
