@@ -12,6 +12,9 @@ from rnnlm.config import *
 from rnnlm.lm import *
 from rnnlm.models import *
 from rnnlm.adapters import *
+from rnnlm.dynamic import *
+from rnnlm.score import *
+from rnnlm.compare import *
 from rnnlm.callback import *
 from rnnlm.bptt import *
 from rnnlm.horizon import *

@@ -15,15 +15,16 @@ from .score import Scores
 from .spans import WHITE, count_text
 
 # %% ../nbs/06c_compare.ipynb #cm08
-def _solid_ends(scores):
-    "How many bytes that are no white space the text has up to each token's end"
-    solid = [len(o.translate(None, WHITE)) for o in scores.pieces]
-    return np.cumsum(solid)
+def _solid(scores):
+    "Where each token begins and ends, in bytes of the text that are no white space"
+    sizes = np.array([len(o.translate(None, WHITE)) for o in scores.pieces])
+    ends = sizes.cumsum()
+    return ends-sizes,ends
 
 def _check_same_text(a, b):
     "Raise `ValueError` unless both are scores of one text, but for white space"
     one,other = [b''.join(o.pieces).translate(None, WHITE) for o in (a, b)]
-    if one == other: return
+    if one == other != b'': return
     pairs = enumerate(zip(one, other))
     shortest = min(len(one), len(other))
     i = next((i for i,(p,q) in pairs if p != q), shortest)
@@ -34,9 +35,10 @@ def _check_same_text(a, b):
                      "the vocab has not is known only if the text was given as a string")
 
 def _by_stretch(scores, ends):
-    "The nats, characters and 1 if all tokens count, of the stretches that end at `ends`"
-    number = np.searchsorted(ends, _solid_ends(scores))
-    number = np.minimum(number, len(ends)-1)  # marks after the last end
+    "The nats and characters of the stretches up to `ends`, and whether all tokens count"
+    starts,_ = _solid(scores)
+    # white space and marks belong to the stretch after them, if there is one
+    number = np.searchsorted(ends, starts, side='right').clip(max=len(ends)-1)
     chars,_ = count_text(scores.pieces)
     nats = np.where(scores.counts, -scores.logprobs, 0)
     all_count = np.bincount(number, ~scores.counts, len(ends)) == 0
@@ -46,11 +48,14 @@ def _by_stretch(scores, ends):
 def _stretches(a, b):
     "The nats of both and the characters of each stretch, and its document"
     _check_same_text(a, b)
-    ends = np.intersect1d(_solid_ends(a), _solid_ends(b))
+    _,ends_a = _solid(a)
+    _,ends_b = _solid(b)
+    ends = np.intersect1d(ends_a, ends_b)
+    ends = ends[ends > 0]  # tokens of white space may come first
     nats_a,chars_a,counts_a = _by_stretch(a, ends)
     nats_b,chars_b,counts_b = _by_stretch(b, ends)
     docs = a.doc_numbers
-    if docs is not None: docs = docs[np.searchsorted(_solid_ends(a), ends)]
+    if docs is not None: docs = docs[np.searchsorted(ends_a, ends)]
     return nats_a,nats_b,np.maximum(chars_a, chars_b),docs,counts_a & counts_b
 
 def _same_tokens(a, b):

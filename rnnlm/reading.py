@@ -12,36 +12,41 @@ from torch import nn
 from .canvas import token_strings
 from .core import find_stateful
 from .horizon import evaluating, read_tokens
+from .score import score
 from .state import state_tensors
 
 # %% ../nbs/05c_reading.ipynb #1460d6a8
-def _read_text(model, text, skip, who):
-    """The loss of each token of `text` from `skip` on, in nats (NaN for the first of
-    all), and the states after each."""
+def _check_skip(text, skip):
+    "Raise `TypeError` or `ValueError` unless something of the text is left"
     n = len(token_strings(text, name='text'))
-    if not 0 <= skip < n:
-        raise ValueError(f"skip must be from 0 to {n-1}, so that something of the text "
-                         f"is left, got {skip}")
-    with evaluating(model, who) as m, torch.no_grad():
-        x = text.ids[None].long().to(next(m.parameters()).device)  # (1, n)
-        y = x.roll(-1, 1)  # the last token has no target, and its loss is dropped
-        losses,states = read_tokens(m, x, y, None)
-    if not state_tensors(states[1]):
-        raise ValueError(f"model, a {type(m).__name__}, has no state after a token: "
-                         "let its read(x, state, begins) give (out, state)")
-    losses = np.array([np.nan, *(o.item() for o in losses[:-1])])
-    return losses[skip:],states[1+skip:]
+    if 0 <= skip < n: return
+    raise ValueError(f"skip must be from 0 to {n-1}, so that something of the text is "
+                     f"left, got {skip}")
 
 def token_losses(
-    model:nn.Module, # A model with the state protocol, as it is or wrapped
+    model:nn.Module, # A model, as it is or wrapped, or a `Learner`
     text, # A `TokenStream`, as `stream[:60]`
     skip:int=0 # Tokens at the start that are read and not given back
 ) -> np.ndarray: # (tokens,)
     """The loss of each token in nats, given all before it; NaN for the first, which
-    nothing predicted. The model is left as it was."""
-    return _read_text(model, text, skip, 'token_losses')[0]
+    nothing predicted. The model is left as it was.
+
+    They are those of `score`, which takes more: strings, lines side by side, documents
+    that are kept apart."""
+    _check_skip(text, skip)
+    return -score(model, text).logprobs[skip:]
 
 # %% ../nbs/05c_reading.ipynb #fbcb9ea2
+def _read_states(model, text, skip):
+    "The states after each token of `text` from `skip` on"
+    _check_skip(text, skip)
+    with evaluating(model, 'hidden_states') as m, torch.no_grad():
+        x = text.ids[None].long().to(next(m.parameters()).device)  # (1, n)
+        _,states = read_tokens(m, x, x, None)  # the losses are of no interest here
+    if state_tensors(states[1]): return states[1+skip:]
+    raise ValueError(f"model, a {type(m).__name__}, has no state after a token: let "
+                     "its read(x, state, begins) give (out, state)")
+
 def _check_index(name, i, n, what, there):
     if not -n <= i < n:
         raise ValueError(f"{name} must be below {n}, {what}, got {i}; there are "
@@ -62,8 +67,7 @@ def hidden_states(
     the second layer's. A tensor that has more than one dimension for a row of the batch
     has layers, by the first of these dimensions. Raises `TypeError` for a model without
     the state protocol, `ValueError` for a part or layer that the state has not."""
-    _,states = _read_text(model, text, skip, 'hidden_states')
-    states = [state_tensors(o) for o in states]
+    states = [state_tensors(o) for o in _read_states(model, text, skip)]
     shapes = ', '.join(str(tuple(o.shape)) for o in states[0])
     _check_index('part', part, len(states[0]), 'the number of tensors in the state',
                  f'tensors of shape {shapes}')

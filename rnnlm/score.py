@@ -133,10 +133,11 @@ def stream_of(
 # %% ../nbs/06c_score.ipynb #sc18
 def _check_from_0(name, value, most, of):
     "`value` as an int from 0 to `most`"
-    if value == 0: return 0
-    if operator.index(value) < 0 or value > most:
-        raise ValueError(f"{name} must be from 0 to {most} ({of}), got {value}")
-    return operator.index(value)
+    try: n = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+    if 0 <= n <= most: return n
+    raise ValueError(f"{name} must be from 0 to {most} ({of}), got {n}")
 
 def _begins_mask(stream, begins, model):
     "Which tokens begin a document, if documents are to be kept apart"
