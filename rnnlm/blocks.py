@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 # %% ../nbs/06c_blocks.ipynb #bk06
-BLOCKS = 20  # into which a text is cut for a standard error; so many documents are enough
+BLOCKS = 20  # into which a text is cut, if it has not as many documents
 MIN_BLOCKS = 10  # of a short text; below that nothing can be said
 
 def ratio_stderr(
@@ -44,3 +44,12 @@ def block_sums(
     "The sum of each block that has a unit"
     _,number = np.unique(blocks, return_inverse=True)
     return np.bincount(number, values)
+
+def mean_stderr(
+    values:np.ndarray, # One for each token, in order
+    docs:np.ndarray=None # The number of the document of each, if that is known
+) -> float: # NaN for less than 10 tokens
+    "The standard error of the mean of `values`, from blocks"
+    ones = np.ones(len(values))
+    blocks = cut_blocks(ones, docs)
+    return ratio_stderr(block_sums(values, blocks), block_sums(ones, blocks))

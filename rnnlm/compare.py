@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 import numpy as np
 from .blocks import block_sums, cut_blocks, ratio_stderr
-from .score import Scores
+from .score import Scores, document_numbers
 from .spans import WHITE, count_text
 
 # %% ../nbs/06c_compare.ipynb #cm08
@@ -30,12 +30,13 @@ def _check_same_text(a, b):
     i = next((i for i,(p,q) in pairs if p != q), shortest)
     start = max(i-10, 0)
     shown = [o[start:i+10].decode(errors='replace') for o in (one, other)]
-    raise ValueError("a and b must be scores of the same text, but for white space, and "
-                     f"they differ from {shown[0]!r} and {shown[1]!r} on; a word that "
-                     "the vocab has not is known only if the text was given as a string")
+    raise ValueError("a and b must be scores of the same text, but for white space, "
+                     f"and they differ from {shown[0]!r} and {shown[1]!r} on; a word "
+                     "that the vocab has not is known if the text was given as a "
+                     "string")
 
 def _by_stretch(scores, ends):
-    "The nats and characters of the stretches up to `ends`, and whether all tokens count"
+    "The nats and characters of the stretches up to `ends`, and whether they count"
     starts,_ = _solid(scores)
     # white space and marks belong to the stretch after them, if there is one
     number = np.searchsorted(ends, starts, side='right').clip(max=len(ends)-1)
@@ -54,7 +55,7 @@ def _stretches(a, b):
     ends = ends[ends > 0]  # tokens of white space may come first
     nats_a,chars_a,counts_a = _by_stretch(a, ends)
     nats_b,chars_b,counts_b = _by_stretch(b, ends)
-    docs = a.doc_numbers
+    docs = document_numbers(a.stream)
     if docs is not None: docs = docs[np.searchsorted(ends_a, ends)]
     return nats_a,nats_b,np.maximum(chars_a, chars_b),docs,counts_a & counts_b
 
@@ -95,13 +96,13 @@ def compare(
     """The paired difference of two models, `a` less `b`, with its standard error from
     blocks of the text.
 
-    Of the same tokens it is one in nats a token. With different tokenizers it is in bits
-    a character, over stretches at whose ends both have the end of a token. Tokens that
-    count in one of both alone are left out. Raises `ValueError` for scores of different
-    texts, or if nothing counts in both."""
+    Of the same tokens it is one in nats a token. With different tokenizers it is in
+    bits a character, over stretches at whose ends both have the end of a token. Tokens
+    that count in one of both alone are left out. Raises `ValueError` for scores of
+    different texts, or if nothing counts in both."""
     if _same_tokens(a, b):
         unit,scale = 'nats a token',1.
-        nats_a,nats_b,docs = -a.logprobs,-b.logprobs,a.doc_numbers
+        nats_a,nats_b,docs = -a.logprobs,-b.logprobs,document_numbers(a.stream)
         sizes,counts = np.ones(len(nats_a)),a.counts & b.counts
     else:
         unit,scale = 'bits a character',1/math.log(2)

@@ -26,10 +26,10 @@ from .stream import TokenStream
 class DynamicEval:
     """How a model goes on learning while it reads: `score(..., dynamic=this)`.
 
-    After each `sl` tokens, when it has predicted them, it takes a step down the gradient
-    of their mean loss in nats, and each weight goes back a share of its way to the
-    trained one. With `rms` the rate of a weight is `lr/(rms+eps)`, and its share of the
-    way back `decay*rms/mean(rms)`, at most 1. Raises `ValueError` for values out of
+    After each `sl` tokens, when it has predicted them, it takes a step down the
+    gradient of their mean loss in nats, and each weight goes back a share of its way to
+    the trained one. With `rms` the rate of a weight is `lr/(rms+eps)`, and its share of
+    the way back `decay*rms/mean(rms)`, at most 1. Raises `ValueError` for values out of
     range. Source: Krause et al. 2018, section 4."""
     lr:float # Learning rate, 0 or above
     decay:float=0. # Share of the way back to the trained weights at each step, 0 to 1
@@ -48,7 +48,8 @@ class DynamicEval:
 
     def __repr__(self):
         kind = 'SGD' if self.rms is None else 'RMS-scaled'
-        return f'DynamicEval({kind}, lr={self.lr:g}, decay={self.decay:g}, sl={self.sl})'
+        return (f'DynamicEval({kind}, lr={self.lr:g}, decay={self.decay:g}, '
+                f'sl={self.sl})')
 
 # %% ../nbs/06c_dynamic.ipynb #dy10
 def weights_that_train(model:nn.Module) -> list: # Each once, also if it is tied
@@ -142,8 +143,8 @@ def read_and_learn(
     """What `read_lines` gives of the text in one line, but that a copy of the model
     reads, which learns from each part when it has predicted it.
 
-    Raises `TypeError` for a model without a memory, `FloatingPointError` if a loss is no
-    finite number."""
+    Raises `TypeError` for a model without a memory, `FloatingPointError` if a loss is
+    no finite number."""
     logprobs = np.full(len(ids), np.nan)
     one_line = TextLines(len(ids), 1)
     with learning_copy(model, 'dynamic evaluation') as m:

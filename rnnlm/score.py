@@ -12,8 +12,9 @@ from functools import cached_property
 from warnings import warn
 import numpy as np
 from fastai.learner import Learner
+from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
-from .blocks import block_sums, cut_blocks, ratio_stderr
+from .blocks import mean_stderr
 from .core import check_int
 from .dynamic import DynamicEval, read_and_learn
 from rnnlm.logprobs import (
@@ -22,6 +23,14 @@ from rnnlm.logprobs import (
 from .spans import (
     check_same_text_vocab, count_text, encode_string, to_stream, token_bytes)
 from .stream import TokenStream
+
+# %% ../nbs/06c_score.ipynb #sc12a
+def document_numbers(
+    stream:TokenStream
+) -> np.ndarray: # (tokens,); None if its documents are not known
+    "The number of the document of each token"
+    if stream.docs is None: return None
+    return np.searchsorted(stream.docs, np.arange(len(stream)), 'right')
 
 # %% ../nbs/06c_score.ipynb #sc12
 class Scores:
@@ -32,7 +41,7 @@ class Scores:
     the copy that dynamic evaluation has changed, if that is kept."""
     def __init__(self, logprobs:np.ndarray, stream:TokenStream, text:str=None,
                  adapted=None):
-        self.logprobs,self.stream,self.text,self.adapted = logprobs,stream,text,adapted
+        store_attr()
         self.counts = ~np.isnan(logprobs)  # (tokens,)
         self.n = int(self.counts.sum())
 
@@ -44,7 +53,7 @@ class Scores:
     @property
     def nats(self) -> float:
         "The mean loss, in nats a token"
-        return -self.logprobs[self.counts].mean()
+        return float(-self.logprobs[self.counts].mean())
 
     @property
     def perplexity(self) -> float: return float(np.exp(self.nats))
@@ -52,8 +61,9 @@ class Scores:
     @cached_property
     def is_unk(self) -> np.ndarray:
         "(tokens,), which of them stand for a word that the vocab has not"
-        if self.stream.unk not in self.stream.vocab: return np.zeros(len(self.counts), bool)
-        return self.stream.ids.numpy() == self.stream.vocab.index(self.stream.unk)
+        vocab,unk = self.stream.vocab,self.stream.unk
+        if unk not in vocab: return np.zeros(len(self.counts), bool)
+        return self.stream.ids.numpy() == vocab.index(unk)
 
     @cached_property
     def pieces(self) -> list:
@@ -76,29 +86,22 @@ class Scores:
     @property
     def bits_per_byte(self) -> float: return self._bits_per(self.sizes[1], 'byte')
 
-    @cached_property
-    def doc_numbers(self) -> np.ndarray:
-        "(tokens,), the number of each token's document; None if they are not known"
-        if self.stream.docs is None: return None
-        return np.searchsorted(self.stream.docs, np.arange(len(self.counts)), 'right')
-
     @property
     def stderr(self) -> float:
         "The standard error of `nats`, from blocks of the text; NaN for a short one"
-        docs = self.doc_numbers
+        docs = document_numbers(self.stream)
         if docs is not None: docs = docs[self.counts]
-        ones = np.ones(self.n)
-        blocks = cut_blocks(ones, docs)
-        totals = block_sums(-self.logprobs[self.counts], blocks)
-        return ratio_stderr(totals, block_sums(ones, blocks))
+        return mean_stderr(-self.logprobs[self.counts], docs)
 
-    def __repr__(self):
-        error = self.stderr
-        spread = '' if np.isnan(error) else f' ± {error:.4f}'
-        unk = self.is_unk[self.counts].sum()
-        unknown = f', {unk:,} of them unknown words' if unk else ''
-        return (f'Scores: {self.nats:.4f}{spread} nats a token, perplexity '
-                f'{self.perplexity:.2f}, over {self.n:,} tokens{unknown}')
+# %% ../nbs/06c_score.ipynb #sc12b
+@patch
+def __repr__(self:Scores):
+    error = self.stderr
+    spread = '' if np.isnan(error) else f' ± {error:.4f}'
+    unk = self.is_unk[self.counts].sum()
+    unknown = f', {unk:,} of them unknown words' if unk else ''
+    return (f'Scores: {self.nats:.4f}{spread} nats a token, perplexity '
+            f'{self.perplexity:.2f}, over {self.n:,} tokens{unknown}')
 
 # %% ../nbs/06c_score.ipynb #sc16
 def trained_stream(
@@ -156,10 +159,12 @@ def _warn_unknown(scores):
     if n == 0: return
     words = (scores.pieces[i].decode().strip() for i in np.flatnonzero(scores.is_unk))
     which = ', '.join(repr(o) for o in [*dict.fromkeys(filter(None, words))][:5])
-    warn(f"text has {n:,} tokens that the vocab has not{which and ', as '}{which}: they "
-         f"are scored as {scores.stream.unk!r}, which is easier to predict than they "
-         "are, so the model looks better than it is")
+    if which: which = f', as {which}'
+    warn(f"text has {n:,} tokens that the vocab has not{which}: they are scored as "
+         f"{scores.stream.unk!r}, which is easier to predict than they are, so the "
+         "model looks better than it is")
 
+# %% ../nbs/06c_score.ipynb #sc18b
 def score(
     model, # A language model, as it is or wrapped, or a `Learner`
     text, # A string, or a `TokenStream`
@@ -190,8 +195,9 @@ def score(
     warm_up = _check_from_0('warm_up', warm_up, n, 'the tokens before the last')
     skip = _check_from_0('skip', skip, n//bs-1, 'less than a line predicts')
     if dynamic is not None and bs != 1:
-        raise ValueError(f"bs must be 1 with dynamic, got {bs}: side by side, the first "
-                         "lines would be read by a model that has seen the later ones")
+        raise ValueError(f"bs must be 1 with dynamic, got {bs}: side by side, the "
+                         "first lines would be read by a model that has seen the later "
+                         "ones")
     ids = text.ids.numpy()
     mask = _begins_mask(text, begins, model)
     adapted = None

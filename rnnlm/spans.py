@@ -27,9 +27,9 @@ def to_stream(
         made.tokenizer,made.unk = tok.stored,tok.unk
         return made
     if isinstance(stream, str) or not hasattr(stream, '__len__'):
-        raise TypeError("stream must be a TokenStream, whose vocab and tokenizer encode "
-                        "the text, a list of words, or a tokenizer of Hugging Face, got "
-                        f"{type(stream).__name__}")
+        raise TypeError("stream must be a TokenStream, whose vocab and tokenizer "
+                        "encode the text, a list of words, or a tokenizer of Hugging "
+                        f"Face, got {type(stream).__name__}")
     return TokenStream([0], stream).new_empty()
 
 def encode_string(

@@ -117,7 +117,8 @@ def test_model_stays_as_it_was(stream):
     model(stream.ids[None,:9]).sum().backward()
     state,rng = model.state,torch.get_rng_state()
     before = [o.clone() for p in model.parameters() for o in (p, p.grad)]
-    for how in dict(bs=3), dict(dynamic=DynamicEval(.1)): score(model, stream[:300], **how)
+    score(model, stream[:300], bs=3)
+    score(model, stream[:300], dynamic=DynamicEval(.1))
     grad_rms(model, stream[:3000], n=3)
     after = [o for p in model.parameters() for o in (p, p.grad)]
     assert all(torch.equal(a, b) for a,b in zip(before, after, strict=True))
@@ -156,7 +157,8 @@ def test_bits_per_char_and_byte_by_hand():
     assert found.bits_per_byte == pytest.approx(3/4)  # é is two bytes
 
 def test_marks_and_unknown_words_are_no_characters():
-    text = TokenStream.from_docs(['a b', 'a c'], min_freq=2, eos='<eos>', progress=False)
+    docs = ['a b', 'a c']
+    text = TokenStream.from_docs(docs, min_freq=2, eos='<eos>', progress=False)
     assert [*text.vocab][0] == '<unk>'
     found = Scores(np.r_[np.nan, -np.ones(len(text)-1)], text)
     assert found.bits_per_char == pytest.approx(5/math.log(2)/2)  # ' a' is all there is
