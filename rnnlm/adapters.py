@@ -9,7 +9,8 @@ __all__ = ['AWDLM', 'AdaptedLM', 'Encoder']
 import torch
 from torch import nn
 import torch.nn.functional as F
-from .state import StatefulLM, check_tensor, map_state, read_segments
+from .core import check_tensor
+from .state import StatefulLM, map_state, read_segments
 
 # %% ../nbs/01b_adapters.ipynb #94da0bd9
 class AWDLM(StatefulLM):

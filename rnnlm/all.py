@@ -7,6 +7,9 @@ from rnnlm.loader import *
 from rnnlm.splits import *
 from rnnlm.data import *
 from rnnlm.state import *
+from rnnlm.mingru import *
+from rnnlm.config import *
+from rnnlm.lm import *
 from rnnlm.models import *
 from rnnlm.adapters import *
 from rnnlm.callback import *

@@ -9,7 +9,7 @@ __all__ = ['map_state', 'state_tensors', 'forget', 'join', 'read_segments', 'Kee
 import torch
 from torch import nn
 import torch.nn.functional as F
-from .core import check_int, refuse_data_parallel
+from .core import check_int, check_tensor, refuse_data_parallel
 
 # %% ../nbs/01a_state.ipynb #1583fc12
 def map_state(
@@ -72,15 +72,6 @@ def read_segments(
         out,state = layer(x[:,start:end], state)
         outs.append(out)
     return join(outs),state
-
-# %% ../nbs/01a_state.ipynb #checktensor
-def check_tensor(
-    x # A batch
-):
-    "Raise `TypeError` unless `x` is a tensor"
-    if isinstance(x, torch.Tensor): return
-    raise TypeError(f"x must be a tensor (bs, sl), got {type(x).__name__}; make it one "
-                    "with torch.as_tensor(x)")
 
 # %% ../nbs/01a_state.ipynb #ccaf8add
 class KeepsState(nn.Module):
