@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'WEIGHTS', 'VOCAB', 'FIGURES', 'vocab_of', 'load_pretrained', 'load_figures']
 
-# %% ../nbs/06d_folder.ipynb #f8bd68a9
+# %% ../nbs/06d_folder.ipynb #c6bd0b6a
 import json, math
-from dataclasses import asdict, is_dataclass
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from, save as bytes_of_tensors
 from torch import nn
-from .core import check_int
 from .ladder import LMModel1, LMModel4, LMModel5, LMModel6, LMModel7
 from .lm import RNNLM
 from .machine import n_parameters
@@ -23,7 +21,7 @@ from .models import LMModel2, LMModel3
 from .state import StatefulLM
 from .stream import TokenStream
 
-# %% ../nbs/06d_folder.ipynb #ab591e3b
+# %% ../nbs/06d_folder.ipynb #5f8be0ea
 ARCHITECTURES = {o.__name__: o for o in (
     RNNLM, LMModel1, LMModel2, LMModel3, LMModel4, LMModel5, LMModel6, LMModel7)}
 
@@ -38,15 +36,10 @@ def _storable(model):
 
 def _arguments(model):
     "The arguments that build `model` again, as JSON can hold them"
-    config = model.config
-    config = asdict(config) if is_dataclass(config) else dict(config)
-    for name,value in config.items():
-        if value is None or isinstance(value, (str, int, float)): continue
-        raise TypeError(f"{name} must be a name or a number to be saved, got {value!r}:"
-                        " a folder holds no code")
-    return config
+    config = model.config  # of a rung of the ladder a plain dict
+    return config if isinstance(config, dict) else config.to_dict()
 
-# %% ../nbs/06d_folder.ipynb #8af31ead
+# %% ../nbs/06d_folder.ipynb #a0b5acbe
 WEIGHTS,VOCAB,FIGURES = 'model.safetensors','vocab.json','training.json'
 
 def _weights(model):
@@ -88,7 +81,7 @@ def _plain(o):
     if isinstance(o, float) and not math.isfinite(o): return None
     return o
 
-# %% ../nbs/06d_folder.ipynb #499763de
+# %% ../nbs/06d_folder.ipynb #919a02e1
 @patch
 def save_pretrained(self:StatefulLM|LMModel1|LMModel2,
     path, # Folder to write to; one that was saved before is replaced
@@ -137,7 +130,7 @@ def vocab_of(
     vocab = getattr(learn.dls, 'vocab', None)
     return None if vocab is None else TokenStream([0], vocab).new_empty()
 
-# %% ../nbs/06d_folder.ipynb #b959f822
+# %% ../nbs/06d_folder.ipynb #a8123c69
 def _check_sizes(folder, sizes, tensors):
     "Raise `ValueError` unless the `tensors` of a file are those of the model"
     def shape(tensors, name):
@@ -176,7 +169,7 @@ def _stream_from(data):
     stream.tokenizer,stream.unk = facts['tokenizer'],facts['unk']
     return stream.new_empty()
 
-# %% ../nbs/06d_folder.ipynb #1b3f664f
+# %% ../nbs/06d_folder.ipynb #dde2ac2b
 def _read(folder, names):
     return read_folder(folder, 'rnnlm.Model', names)
 
