@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Diverged', 'FitGuard', 'guarded']
 
-# %% ../nbs/02f_guard.ipynb #5d446fd2
+# %% ../nbs/02f_guard.ipynb #bab38f28
 import signal, threading
 from contextlib import contextmanager
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
-# %% ../nbs/02f_guard.ipynb #42acf824
+# %% ../nbs/02f_guard.ipynb #e562cfb8
 class Diverged(FloatingPointError):
     "The loss was NaN or infinite; the model has its last good weights"
 
@@ -28,6 +28,7 @@ class FitGuard(Callback):
     pressed = False  # was Ctrl-C pressed?
     fitted = None  # the learner of the last fit
     why = None  # what ends the fit
+    n_steps = 0  # of the optimizer, in this fit
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
@@ -72,8 +73,8 @@ class FitGuard(Callback):
 
     def where(self):
         "How far the fit has come"
-        return (f'{self.n_steps:,} steps, in epoch {self.epoch+1} of {self.n_epoch}, '
-                f'batch {self.iter+1} of {self.n_iter}')
+        return (f'{self.n_steps:,} steps, in epoch {self.epoch+1}, batch {self.iter+1} '
+                f'of {self.n_iter}')
 
     def end(self, why):
         "End the fit by fastai's own way, so that the other callbacks finish their work"
@@ -90,16 +91,18 @@ class FitGuard(Callback):
         why,self.why = self.why,None
         raise why  # here, where fastai puts no words of its own before the error's
 
-# %% ../nbs/02f_guard.ipynb #253232eb
+# %% ../nbs/02f_guard.ipynb #b5bb18af
 def _say(guard, why, save):
     "Tell why a fit ended, and save what was trained"
-    print(str(why) or 'Stopped in the middle of a batch')
-    if save is None: print('What was trained is in the learner')
+    print(f"\n{str(why) or 'Stopped in the middle of a batch'}")
+    if guard.n_steps == 0: print('Nothing was trained')
+    elif save is None: print('What was trained is in the learner')
+    elif callable(save): print(f'What was trained is saved: {save(guard.fitted)}')
     else: print(f'What was trained is saved: {guard.fitted.save_pretrained(save)}')
 
 @contextmanager
 def guarded(
-    save=None # Folder for the model, if a fit ends early
+    save=None # Folder for the model, if a fit ends early; or a function of the learner
 ): # Gives the `FitGuard` to use
     """A context in which a fit with the guard ends well, by Ctrl-C or with a loss of
     NaN: it says how far it came and saves it.

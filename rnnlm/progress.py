@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06g_progress.ipynb #fa482c01
+# %% ../nbs/06g_progress.ipynb #fee15140
 import io, math, shutil, sys, time
 from functools import partial
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from fastcore.basics import noop
 from .generate import generate
 from .plot import plot_run
 
-# %% ../nbs/06g_progress.ipynb #84c0815a
+# %% ../nbs/06g_progress.ipynb #6abaa2c4
 def as_clock(
     seconds:float # Any time
 ) -> str:
@@ -29,7 +29,7 @@ def perplexity_of(
     "e to the `loss`; infinity where that is too large for a float"
     return math.exp(loss) if loss < 700 else math.inf
 
-# %% ../nbs/06g_progress.ipynb #0dc69ab2
+# %% ../nbs/06g_progress.ipynb #61f0a40e
 class ProgressLine(Callback):
     """Tells of a fit in lines: loss, perplexity, tokens a second and the time left.
 
@@ -110,26 +110,32 @@ class ProgressLine(Callback):
         self.clear()
         self.learn.logger = self.logger_before
 
-# %% ../nbs/06g_progress.ipynb #1a2eb695
+# %% ../nbs/06g_progress.ipynb #432c1461
 class Samples(Callback):
     "After each epoch, what the model writes after `prompt`; all of it in `texts`"
     order = 65  # after the epoch's line
     def __init__(self,
         stream, # A `TokenStream`, what encodes the prompt
-        prompt:str, # What the model goes on from
+        prompt:str=None, # What it goes on from; None: as the validation text begins
         n:int=200, # Tokens to draw
         temperature:float=.8,
         seed:int=42,
         file=None # Where to write a line of it, `sys.stdout` if None
     ):
-        self.draw = partial(generate, stream=stream, prompt=prompt, max_new_tokens=n,
+        self.draw = partial(generate, stream=stream, max_new_tokens=n,
                             temperature=temperature, seed=seed)
-        self.prompt,self.sep = prompt,stream.sep
+        self.prompt = prompt
         self.file = sys.stdout if file is None else file
         self.texts = []  # (epoch, the text) of each
 
+    def before_fit(self):
+        if self.prompt is not None: return
+        text = self.dls.valid.dataset
+        if len(text) == 0: text = self.dls.train.dataset
+        self.prompt = text.decode(text.ids[:24 if text.sep == '' else 6])
+
     def after_epoch(self):
-        text = self.draw(self.model)
+        text = self.draw(self.model, prompt=self.prompt)
         self.texts.append((self.epoch+1, text))
         line = f'  {self.prompt} | {text}'.replace('\n', '⏎')
         width = min(shutil.get_terminal_size().columns-1, 88)
@@ -141,7 +147,7 @@ class Samples(Callback):
                  for epoch,text in self.texts]
         return '\n'.join(parts)
 
-# %% ../nbs/06g_progress.ipynb #4a8b9cab
+# %% ../nbs/06g_progress.ipynb #5b4cb08e
 def run_picture(
     learn # A `Learner` after a fit
 ) -> bytes: # None if no epoch was finished
