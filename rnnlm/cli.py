@@ -10,7 +10,7 @@ __all__ = ['demo']
 from importlib import import_module
 from fastcore.script import call_parse, is_cli
 
-# %% ../nbs/06a_cli.ipynb #55d8a059
+# %% ../nbs/06a_cli.ipynb #1cf6d12e
 def _run(module, work, options):
     "Import the function `work`, and call it; Ctrl-C ends the command without a traceback"
     try: return getattr(import_module(f'rnnlm.{module}'), work)(**options)
@@ -24,7 +24,7 @@ def _run(module, work, options):
 def demo(
     epochs:int=None, # Epochs of each model (default: those of its recipe)
     bs:int=64, # Batch size
-    n_hidden:int=64, # Size of the hidden state
+    n_hidden:int=64, # Size of the hidden state; the counter's is half as large again
     lr:float=None, # Maximal learning rate (default: that of its recipe)
     seed:int=42, # Seed of the weights and of the samples
     save:str=None, # Folder for the trained models, a model folder for each
@@ -34,7 +34,7 @@ def demo(
     and go on counting"""
     return _run('comparison', 'compare', locals())
 
-# %% ../nbs/06a_cli.ipynb #d44df04a
+# %% ../nbs/06a_cli.ipynb #0f702f8e
 @call_parse
 def train_command(
     path:str, # A text file, a folder of them, or human_numbers: what comes along

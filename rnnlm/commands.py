@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06f_commands.ipynb #7e1ae8bd
+# %% ../nbs/06f_commands.ipynb #2b7ee959
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -23,7 +23,7 @@ from .score import score
 from .stream import is_hugging_face
 from .text import TokenStream
 
-# %% ../nbs/06f_commands.ipynb #21f4551d
+# %% ../nbs/06f_commands.ipynb #7d138812
 def read_text(
     path, # A text file, a folder of them, or 'human_numbers'
     **kwargs # For `TokenStream.from_files`
@@ -46,7 +46,7 @@ def read_like(
     return read_text(path, tokenizer=stream.tokenizer, vocab=[*stream.vocab],
                      unk=stream.unk)
 
-# %% ../nbs/06f_commands.ipynb #c75e83d8
+# %% ../nbs/06f_commands.ipynb #35728092
 @contextmanager
 def mistakes(
     outcome:str # What they had as a consequence
@@ -64,7 +64,7 @@ def check_seed(
     if 0 <= seed < 2**32: return
     raise ValueError(f"seed must be from 0 to {2**32-1}, got {seed}")
 
-# %% ../nbs/06f_commands.ipynb #febd5db6
+# %% ../nbs/06f_commands.ipynb #b5ce37ab
 def _target(save):
     "The folder for a model; the default is never one that is there already"
     if save is None and Path('model').exists():
@@ -128,7 +128,7 @@ def train(
     print(f'{n_parameters(learn.model):,} parameters, saved: {folder}')
     return 0 if is_cli() else learn
 
-# %% ../nbs/06f_commands.ipynb #b8fcbf49
+# %% ../nbs/06f_commands.ipynb #1c7c5708
 def _load(folder, device):
     "The model of a folder, and its stream"
     model,stream = load_pretrained(folder, device)
@@ -161,7 +161,7 @@ def write(
     print()
     return 0 if is_cli() else text
 
-# %% ../nbs/06f_commands.ipynb #c6c85106
+# %% ../nbs/06f_commands.ipynb #c7367b2f
 def evaluate(
     folder, # Of a model
     path, # A text file, a folder of them, or 'human_numbers'

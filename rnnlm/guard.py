@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Diverged', 'FitGuard', 'guarded']
 
-# %% ../nbs/02f_guard.ipynb #bab38f28
+# %% ../nbs/02f_guard.ipynb #259b7dde
 import signal, threading
 from contextlib import contextmanager
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
-# %% ../nbs/02f_guard.ipynb #e562cfb8
+# %% ../nbs/02f_guard.ipynb #a6931f2d
 class Diverged(FloatingPointError):
     "The loss was NaN or infinite; the model has its last good weights"
 
@@ -91,7 +91,7 @@ class FitGuard(Callback):
         why,self.why = self.why,None
         raise why  # here, where fastai puts no words of its own before the error's
 
-# %% ../nbs/02f_guard.ipynb #b5bb18af
+# %% ../nbs/02f_guard.ipynb #f518516d
 def _say(guard, why, save):
     "Tell why a fit ended, and save what was trained"
     print(f"\n{str(why) or 'Stopped in the middle of a batch'}")

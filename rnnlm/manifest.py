@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/07b_manifest.ipynb #53059571
+# %% ../nbs/07b_manifest.ipynb #4ebe4cdc
 import ctypes, hashlib, json, os, secrets, shutil, sys, tempfile
 from contextlib import suppress
 from pathlib import Path
 
-# %% ../nbs/07b_manifest.ipynb #8ee78ddc
+# %% ../nbs/07b_manifest.ipynb #b4048155
 CONFIG = 'config.json'  # the file that names the others
 
 def _owned(folder):
@@ -22,31 +22,37 @@ def _owned(folder):
     if not str(config.get('format')).startswith('rnnlm.'): return set()
     return {CONFIG, *config['files']}
 
+def check_writable(
+    path, # A folder to write to; ~ is the home folder
+    name:str='path' # What the error calls it
+) -> Path: # Absolute, without links
+    """`path`, if a folder can be written there; those above it may be missing.
+
+    Raises `ValueError` for a file, and where nothing can be written."""
+    if not str(path): raise ValueError(f"{name} must be a folder to write to, got ''")
+    target = Path(path).expanduser().resolve()
+    nearest = next(p for p in (target, *target.parents) if p.exists())
+    try: tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as e:
+        raise ValueError(f"{name} must be a folder to write to, got {str(path)!r} "
+                         f"({e.strerror})") from None
+    return target
+
 def check_target(
     path, # A folder to write to; ~ is the home folder
     name:str='path' # What the error calls it
 ) -> Path: # Absolute, without links
-    """`path`, if a folder can be written there; the folders above it may be missing.
+    """`path`, if `write_folder` can write there.
 
-    Raises `ValueError` for a file, for a folder that holds files of others, and where
-    nothing can be written."""
-    if not str(path): raise ValueError(f"{name} must be a folder to write to, got ''")
-    target = Path(path).expanduser().resolve()
-    above = next(p for p in target.parents if p.exists())
-    try:
-        if target.exists(): foreign = {p.name for p in target.iterdir()}-_owned(target)
-        else: foreign = set()
-        tempfile.TemporaryFile(dir=above).close()
-    except OSError as e:
-        raise ValueError(f"{name} must be a folder to write to, got {str(path)!r} "
-                         f"({e.strerror})") from None
-    if foreign:
-        raise ValueError(f"{name} must be a new folder, or one that was saved before, "
-                         f"got {str(path)!r}, which holds {min(foreign)!r}; nothing "
-                         "was written")
-    return target
+    Raises `ValueError` as `check_writable`, and for a folder with files of others."""
+    target = check_writable(path, name)
+    if not target.exists(): return target
+    foreign = {p.name for p in target.iterdir()}-_owned(target)
+    if not foreign: return target
+    raise ValueError(f"{name} must be a new folder, or one that was saved before, got "
+                     f"{str(path)!r}, which holds {min(foreign)!r}; nothing was written")
 
-# %% ../nbs/07b_manifest.ipynb #fd0448e1
+# %% ../nbs/07b_manifest.ipynb #796e0d6e
 def _exchange(new, old):
     "Let two folders change places"
     if sys.platform == 'linux':
@@ -96,7 +102,7 @@ def write_folder(
             for p in made: p.rmdir()
     return path
 
-# %% ../nbs/07b_manifest.ipynb #c93397d8
+# %% ../nbs/07b_manifest.ipynb #5bee4830
 def read_config(
     path, # A folder that `write_folder` wrote
     kind:str, # The format that it must have

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06g_progress.ipynb #fee15140
+# %% ../nbs/06g_progress.ipynb #aecf4a4b
 import io, math, shutil, sys, time
 from functools import partial
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from fastcore.basics import noop
 from .generate import generate
 from .plot import plot_run
 
-# %% ../nbs/06g_progress.ipynb #6abaa2c4
+# %% ../nbs/06g_progress.ipynb #90dd33e2
 def as_clock(
     seconds:float # Any time
 ) -> str:
@@ -29,7 +29,7 @@ def perplexity_of(
     "e to the `loss`; infinity where that is too large for a float"
     return math.exp(loss) if loss < 700 else math.inf
 
-# %% ../nbs/06g_progress.ipynb #61f0a40e
+# %% ../nbs/06g_progress.ipynb #c1c408eb
 class ProgressLine(Callback):
     """Tells of a fit in lines: loss, perplexity, tokens a second and the time left.
 
@@ -110,7 +110,7 @@ class ProgressLine(Callback):
         self.clear()
         self.learn.logger = self.logger_before
 
-# %% ../nbs/06g_progress.ipynb #432c1461
+# %% ../nbs/06g_progress.ipynb #8ed46a38
 class Samples(Callback):
     "After each epoch, what the model writes after `prompt`; all of it in `texts`"
     order = 65  # after the epoch's line
@@ -147,7 +147,7 @@ class Samples(Callback):
                  for epoch,text in self.texts]
         return '\n'.join(parts)
 
-# %% ../nbs/06g_progress.ipynb #5b4cb08e
+# %% ../nbs/06g_progress.ipynb #22f29116
 def run_picture(
     learn # A `Learner` after a fit
 ) -> bytes: # None if no epoch was finished
