@@ -334,6 +334,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'rnnlm.models.LMModel2.vocab_sz': ('models.html#lmmodel2.vocab_sz', 'rnnlm/models.py'),
                               'rnnlm.models.LMModel3': ('models.html#lmmodel3', 'rnnlm/models.py'),
                               'rnnlm.models.LMModel3.read': ('models.html#lmmodel3.read', 'rnnlm/models.py'),
+                              'rnnlm.models.LMModel3.start': ('models.html#lmmodel3.start', 'rnnlm/models.py'),
                               'rnnlm.models._refuse_state': ('models.html#_refuse_state', 'rnnlm/models.py')},
             'rnnlm.new_text': { 'rnnlm.new_text.TokenStream.encode': ('new_text.html#tokenstream.encode', 'rnnlm/new_text.py'),
                                 'rnnlm.new_text._check_same_vocab': ('new_text.html#_check_same_vocab', 'rnnlm/new_text.py'),
