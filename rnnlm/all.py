@@ -17,6 +17,7 @@ from rnnlm.bptt import *
 from rnnlm.horizon import *
 from rnnlm.metrics import *
 from rnnlm.optim import *
+from rnnlm.outputs import *
 from rnnlm.learner import *
 from rnnlm.train import *
 from rnnlm.cli import *
