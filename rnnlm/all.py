@@ -11,6 +11,7 @@ from rnnlm.mingru import *
 from rnnlm.config import *
 from rnnlm.lm import *
 from rnnlm.models import *
+from rnnlm.ladder import *
 from rnnlm.adapters import *
 from rnnlm.callback import *
 from rnnlm.bptt import *
