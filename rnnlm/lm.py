@@ -106,7 +106,7 @@ class RNNLM(StatefulLM):
             self.rnns.append(c.layer(n_in, c.n_hidden, batch_first=True))
             n_in = getattr(self.rnns[-1], 'proj_size', 0) or c.n_hidden
         if c.norm: self.norms.append(c.norm_of(n_in))
-        self.proj = nn.Identity()
+        self.proj = None
         if c.tie_weights and n_in != emb_sz: self.proj = nn.Linear(n_in, emb_sz)
         self.h_o = nn.Linear(emb_sz if c.tie_weights else n_in, c.vocab_sz)
         if c.tie_weights: self.i_h.weight = self.h_o.weight
@@ -141,33 +141,36 @@ class RNNLM(StatefulLM):
     ) -> tuple: # The last layer's output (bs, sl, n_hidden), and the state then
         "What the model knows after each token: that from which it predicts the next"
         check_x(x, self.vocab_sz)
-        out = self.token_drop(self.i_h(x), x, self.vocab_sz)
-        out = self.input_drop(out)
+        out = self.i_h(x)
+        if self.training:
+            out = self.input_drop(self.token_drop(out, x, self.vocab_sz))
         new = []
-        for i,h in enumerate(_split_layers(self.rnns, state)):
-            out,h = self._read_layer(i, out, h, begins)
+        for i,(rnn,h) in enumerate(zip(self.rnns, _split_layers(self.rnns, state))):
+            out,h = self._read_layer(i, rnn, out, h, begins)
             new.append(h)
         if self.norms: out = self.norms[-1](out)
         return out,_join_layers(new)
 
-    def _read_layer(self, i, x, h, begins):
+    def _read_layer(self, i, rnn, x, h, begins):
         "What goes from layer `i` to the one above, and its state then"
-        rnn = self._layer(i)
         below = self.norms[i](x) if self.norms else x
+        if self.training: rnn = self._with_drops(i, rnn)
         if isinstance(rnn, MinGRU): out,h = rnn(below, h, begins)
         else: out,h = read_segments(rnn, below, h, begins, self.batch_dim)
-        if i < len(self.hidden_drops): out = self.hidden_drops[i](out)
+        if self.training and i < len(self.hidden_drops): out = self.hidden_drops[i](out)
         if self.config.residual and out.shape == x.shape: out = out+x
         return out,h
 
-    def _layer(self, i):
-        "Layer `i`, without the weights that are dropped in this window"
-        rnn,drop = self.rnns[i],self.weight_drops[i]
-        if not drop.training or drop.p == 0: return rnn
+    def _with_drops(self, i, rnn):
+        "Layer `i` without the weights that are dropped in this window"
+        drop = self.weight_drops[i]
+        if drop.p == 0: return rnn
         weights = {_WEIGHT: drop(getattr(rnn, _WEIGHT))}
         return lambda x, h: functional_call(rnn, weights, (x, h))
 
     def read(self, x, state, begins=None):
         "Logits (bs, sl, vocab_sz) of the token after each of `x`, and the state then"
         out,state = self.encode(x, state, begins)
-        return self.h_o(self.proj(self.output_drop(out))),state
+        out = self.output_drop(out)
+        if self.proj is not None: out = self.proj(out)
+        return self.h_o(out),state
