@@ -20,6 +20,7 @@ from rnnlm.metrics import *
 from rnnlm.optim import *
 from rnnlm.muon import *
 from rnnlm.machine import *
+from rnnlm.outputs import *
 from rnnlm.learner import *
 from rnnlm.clock import *
 from rnnlm.train import *
