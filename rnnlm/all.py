@@ -8,6 +8,7 @@ from rnnlm.splits import *
 from rnnlm.data import *
 from rnnlm.state import *
 from rnnlm.mingru import *
+from rnnlm.ngrams import *
 from rnnlm.config import *
 from rnnlm.lm import *
 from rnnlm.models import *
@@ -18,9 +19,13 @@ from rnnlm.bptt import *
 from rnnlm.horizon import *
 from rnnlm.metrics import *
 from rnnlm.optim import *
+from rnnlm.muon import *
+from rnnlm.machine import *
 from rnnlm.outputs import *
 from rnnlm.learner import *
+from rnnlm.clock import *
 from rnnlm.train import *
+from rnnlm.presets import *
 from rnnlm.cli import *
 from rnnlm.diagrams import *
 from rnnlm.chunks import *
