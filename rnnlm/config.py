@@ -16,7 +16,8 @@ from .mingru import MinGRU
 # %% ../nbs/01d_config.ipynb #checks
 _CELLS = dict(rnn=nn.RNN, gru=nn.GRU, lstm=nn.LSTM, mingru=MinGRU)
 _NORMS = dict(layer=nn.LayerNorm, rms=nn.RMSNorm)
-_PLACES = 'embed_p', 'input_p', 'weight_p', 'hidden_p', 'output_p'  # of dropout
+_PLACES = ('embed_p', 'input_p', 'weight_p', 'hidden_p', 'output_p',  # of dropout
+           'ngram_p')
 _OURS = dict(hidden_size='n_hidden', input_size='emb_sz', num_layers='n_layers',
              dropout='hidden_p')  # PyTorch's names
 
@@ -77,12 +78,22 @@ class RNNLMConfig:
     output_p:float = 0. # Dropout of the last layer's output
     residual:bool = False # Is what a layer reads added to what it gives?
     norm:str = None # 'layer' or 'rms', before each layer and after the last, or None
+    ngrams:int = 0 # Tokens of the longest n-grams that are embedded, too, 0: none
+    ngram_rows:int = 2**14 # Rows of the table for n-grams of each length
+    ngram_sz:int = None # Size of their embeddings, `emb_sz` if None; else by a matrix
+    ngram_p:float = 0. # Dropout of n-grams, each at each place for itself
 
     def __post_init__(self):
         self.vocab_sz = check_vocab_sz(self.vocab_sz)
         self.n_hidden = check_int('n_hidden', self.n_hidden)
         self.n_layers = check_int('n_layers', self.n_layers)
         if self.emb_sz is not None: self.emb_sz = check_int('emb_sz', self.emb_sz)
+        self.ngram_rows = check_int('ngram_rows', self.ngram_rows)
+        if self.ngram_sz is not None:
+            self.ngram_sz = check_int('ngram_sz', self.ngram_sz)
+        if self.ngrams != 0 and check_int('ngrams', self.ngrams) == 1:
+            raise ValueError("ngrams must be 0, for none, or at least 2, got 1: those of "
+                             "one token are the embedding itself")
         _check_cell(self.cell)
         for name in _PLACES:
             p = getattr(self, name)

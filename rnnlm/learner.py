@@ -21,9 +21,11 @@ from .arguments import SameSteps, check_callbacks, check_dls, check_model
 from .arguments import fastai_opt, keeps_graph, token_loss
 from .callback import LengthLR, StateResetter
 from .core import find_stateful
+from .generate import predict_words
 from .machine import few_threads, n_parameters, room_for_graphs
 from .metrics import PredRows, TokenLoss, lm_loss, per_token
 from .optim import ForeachAdam, fused_adam
+from .outputs import with_outputs
 
 # %% ../nbs/02a_learner.ipynb #4c8584b5
 _all_ = ['lm_loss', 'ForeachAdam', 'fused_adam']
@@ -166,6 +168,7 @@ class RNNLearner(TokenLearner):
         check_dls(dls)
         check_model(model)
         loss_func,opt_func = token_loss(loss_func),fastai_opt(opt_func)
+        kwargs['cbs'] = with_outputs(kwargs.get('cbs'), model)
         super().__init__(dls, model, loss_func, opt_func, **kwargs)
         can_forget = find_stateful(self.model, needs='reset')
         draws_lengths = getattr(self.dls.train, 'sl_std', 0)
@@ -177,7 +180,7 @@ class RNNLearner(TokenLearner):
     @delegates(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         "fastai's; brings `TBPTT` if `dls` was exchanged for one whose windows overlap"
-        cbs = L(cbs)
+        cbs = L(with_outputs(cbs, self.model, self.cbs))
         check_callbacks(self.cbs+cbs, self.model)
         cbs = cbs + self._for_overlap(self.cbs+cbs)
         super().fit(n_epoch, lr, wd, cbs=cbs, **kwargs)
@@ -202,12 +205,10 @@ class RNNLearner(TokenLearner):
         threads = few_threads(self.model, self.one_thread_below)
         return ContextManagers([threads, room_for_graphs(self.model)])
 
-    def predict(self, *args, **kwargs):
-        "Raises `NotImplementedError`: fastai's is for samples that stand alone"
-        raise NotImplementedError(
-            "predict is for samples that stand alone; a text goes on: continue_text("
-            "learn.model, learn.dls.vocab, 'a prompt') writes its continuation, "
-            "learn.get_preds(dl=learn.dls.test_dl(stream)) gives the scores of a text")
+    def predict(self, text, n_words=1, no_unk=True, temperature=1., min_p=None,
+                no_bar=False, decoder=None, only_last_word=False):
+        "As fastai's `LMLearner`: `text` and `n_words` tokens more; see `generate`"
+        return predict_words(self, text, n_words, no_unk, temperature, min_p, decoder)
 
     def _backward(self):
         try: super()._backward()
@@ -244,5 +245,5 @@ def rnn_learner(
     Brings the callbacks that `model` and `dls` need, if they are not among `cbs`:
     `StateResetter` if the model can forget and `SameSteps` if not, `LengthLR` if the
     lengths of the batches are drawn, `TBPTT` if the windows overlap and the model
-    remembers."""
+    remembers, `RNNOutputs` for a `RNNRegularizer`."""
     return RNNLearner(dls, model, loss_func, opt_func, cbs=cbs, **kwargs)

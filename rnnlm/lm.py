@@ -14,6 +14,7 @@ from torch.func import functional_call
 from .config import RNNLMConfig, config_of
 from .core import check_x
 from .mingru import MinGRU
+from .ngrams import NgramEmbedding
 from .state import (
     LockedDropout, StatefulLM, map_state, read_segments, state_tensors)
 _all_ = ['RNNLMConfig']  # to be found here, too
@@ -60,6 +61,15 @@ def _check_state(layer, n_layers, state):
         raise ValueError(f"state of RNNLM with {name} must be (n_layers, bs, n_hidden) "
                          f"with n_layers={n_layers}, got {tuple(o.shape)}")
 
+def _split_recent(state):
+    "The state of the layers, and the last tokens, of a model with n-grams"
+    if state is None: return None,None
+    is_pair = isinstance(state, (tuple, list)) and len(state) == 2
+    if is_pair and isinstance(state[1], torch.Tensor) and state[1].ndim == 2:
+        return state
+    raise TypeError("state of RNNLM with ngrams must be a pair, the state of the layers "
+                    "and the last tokens (ngrams-1, bs), as the model gives it")
+
 def _split_layers(layers, state):
     "The state of each of the `layers`"
     n = len(layers)
@@ -80,8 +90,9 @@ _WEIGHT = 'weight_hh_l0'  # from hidden state to hidden state, in PyTorch's laye
 class RNNLM(StatefulLM):
     """A language model: an embedding, recurrent layers, and logits after every token.
 
-    The state is a tensor (n_layers, bs, n_hidden), or a pair of them for 'lstm'. All
-    masks of its dropouts are drawn once a window. `cell` may be the class of a layer,
+    The state is a tensor (n_layers, bs, n_hidden), or a pair of them for 'lstm'; with
+    `ngrams` a pair of that and the last tokens, ids plus 1, (ngrams-1, bs). The masks
+    of AWD-LSTM's dropouts are drawn once a window. `cell` may be the class of a layer,
     or a `partial` of one, called as `cell(n_in, n_hidden, batch_first=True)`; such a
     model has no config that can be stored. Raises `TypeError` or `ValueError` for
     sizes and cells with which no language model can be built. Source: Merity et al.
@@ -99,6 +110,8 @@ class RNNLM(StatefulLM):
         self.config = c = config_of(vocab_sz, n_hidden, n_layers, cell, **kwargs)
         emb_sz = n_in = c.emb_sz or c.n_hidden
         self.i_h = nn.Embedding(c.vocab_sz, emb_sz)
+        sizes = c.ngrams,c.ngram_rows,c.ngram_sz or emb_sz,emb_sz
+        self.ngrams = NgramEmbedding(*sizes, p=c.ngram_p) if c.ngrams else None
         self.norms = nn.ModuleList()
         self.rnns = nn.ModuleList()
         for _ in range(c.n_layers):
@@ -106,7 +119,7 @@ class RNNLM(StatefulLM):
             self.rnns.append(c.layer(n_in, c.n_hidden, batch_first=True))
             n_in = getattr(self.rnns[-1], 'proj_size', 0) or c.n_hidden
         if c.norm: self.norms.append(c.norm_of(n_in))
-        self.proj = nn.Identity()
+        self.proj = None
         if c.tie_weights and n_in != emb_sz: self.proj = nn.Linear(n_in, emb_sz)
         self.h_o = nn.Linear(emb_sz if c.tie_weights else n_in, c.vocab_sz)
         if c.tie_weights: self.i_h.weight = self.h_o.weight
@@ -141,33 +154,41 @@ class RNNLM(StatefulLM):
     ) -> tuple: # The last layer's output (bs, sl, n_hidden), and the state then
         "What the model knows after each token: that from which it predicts the next"
         check_x(x, self.vocab_sz)
-        out = self.token_drop(self.i_h(x), x, self.vocab_sz)
-        out = self.input_drop(out)
+        out = self.i_h(x)
+        if self.training: out = self.token_drop(out, x, self.vocab_sz)
+        if self.ngrams is not None:
+            state,recent = _split_recent(state)
+            embs,recent = self.ngrams(x, recent, begins)
+            out = out+embs
+        if self.training: out = self.input_drop(out)
         new = []
-        for i,h in enumerate(_split_layers(self.rnns, state)):
-            out,h = self._read_layer(i, out, h, begins)
+        for i,(rnn,h) in enumerate(zip(self.rnns, _split_layers(self.rnns, state))):
+            out,h = self._read_layer(i, rnn, out, h, begins)
             new.append(h)
         if self.norms: out = self.norms[-1](out)
-        return out,_join_layers(new)
+        new = _join_layers(new)
+        return out,new if self.ngrams is None else (new, recent)
 
-    def _read_layer(self, i, x, h, begins):
+    def _read_layer(self, i, rnn, x, h, begins):
         "What goes from layer `i` to the one above, and its state then"
-        rnn = self._layer(i)
         below = self.norms[i](x) if self.norms else x
+        if self.training: rnn = self._with_drops(i, rnn)
         if isinstance(rnn, MinGRU): out,h = rnn(below, h, begins)
         else: out,h = read_segments(rnn, below, h, begins, self.batch_dim)
-        if i < len(self.hidden_drops): out = self.hidden_drops[i](out)
+        if self.training and i < len(self.hidden_drops): out = self.hidden_drops[i](out)
         if self.config.residual and out.shape == x.shape: out = out+x
         return out,h
 
-    def _layer(self, i):
-        "Layer `i`, without the weights that are dropped in this window"
-        rnn,drop = self.rnns[i],self.weight_drops[i]
-        if not drop.training or drop.p == 0: return rnn
+    def _with_drops(self, i, rnn):
+        "Layer `i` without the weights that are dropped in this window"
+        drop = self.weight_drops[i]
+        if drop.p == 0: return rnn
         weights = {_WEIGHT: drop(getattr(rnn, _WEIGHT))}
         return lambda x, h: functional_call(rnn, weights, (x, h))
 
     def read(self, x, state, begins=None):
         "Logits (bs, sl, vocab_sz) of the token after each of `x`, and the state then"
         out,state = self.encode(x, state, begins)
-        return self.h_o(self.proj(self.output_drop(out))),state
+        out = self.output_drop(out)
+        if self.proj is not None: out = self.proj(out)
+        return self.h_o(out),state

@@ -118,7 +118,9 @@ class KeepsState(nn.Module):
                                  "state")
         weights = next((p for p in self.parameters() if p.is_floating_point()), None)
         if weights is None: return self.state
-        def as_precise(o): return o.to(torch.promote_types(o.dtype, weights.dtype))
+        def as_precise(o):
+            if not o.is_floating_point(): return o  # token ids
+            return o.to(torch.promote_types(o.dtype, weights.dtype))
         return map_state(as_precise, self.state)
 
     def extra_repr(self):

@@ -231,26 +231,32 @@ def test_sizes_are_checked_when_a_model_is_built(arch):
         arch(stream, 8)
 
 def test_a_backward_layer_is_refused_when_built():
-    for rnn in nn.LSTM,nn.GRU,nn.RNN:
+    for cell in 'lstm','gru','rnn','mingru':
         with pytest.raises(ValueError, match='bidirectional must be False, got True'):
-            RNNLM(V, 8, rnn=rnn, bidirectional=True)
+            RNNLM(V, 8, cell=cell, bidirectional=True)
+    for layer in nn.LSTM,nn.GRU,nn.RNN:
+        with pytest.raises(ValueError, match='bidirectional must be False, got True'):
+            RNNLM(V, 8, cell=partial(layer, bidirectional=True))
 
 @pytest.mark.parametrize('kwargs, message', [
     (dict(n_layers=0), 'n_layers must be at least 1, got 0'),
     (dict(num_layers=2), 'num_layers is n_layers here: write n_layers=2'),
     (dict(hidden_size=9), 'hidden_size is n_hidden here: write n_hidden=9'),
     (dict(batch_first=False), 'batch_first must be True, got False'),
-    (dict(rnn='LSTM'), "rnn must be the class of a recurrent layer, .* got 'LSTM'"),
-    (dict(rnn=nn.LSTM(8, 8)), r'rnn must be the class .* got LSTM\(...\)'),
-    (dict(rnn=nn.LSTMCell), 'rnn must be the class .*LSTMCell'),
-    (dict(n_layers=2, dropout=1.5), 'dropout should be a number in range')])
+    (dict(rnn=nn.GRU), "rnn is cell here: write cell='gru'"),
+    (dict(cell='LSTM'), "cell must be 'rnn', 'gru', 'lstm' or 'mingru', got 'LSTM'"),
+    (dict(cell=nn.LSTM(8, 8)), r'or the class of a recurrent layer.* got LSTM\(...\)'),
+    (dict(cell=nn.LSTMCell), 'or the class of a recurrent layer.*LSTMCell'),
+    (dict(n_layers=2, dropout=.5), 'dropout is hidden_p here: write hidden_p=0.5'),
+    (dict(proj_size=3), r'write cell=partial\(nn.LSTM, proj_size=3\)')])
 def test_layers_are_checked_when_a_model_is_built(kwargs, message):
     with pytest.raises((TypeError, ValueError), match=message): RNNLM(V, 8, **kwargs)
 
 @pytest.mark.parametrize('n_layers', [1, 2])
 def test_proj_size_works(n_layers):
     torch.manual_seed(0)
-    model = RNNLM(V, 8, n_layers, proj_size=3).double()
+    small = partial(nn.LSTM, proj_size=3)
+    model = RNNLM(V, 8, n_layers, small).double()
     x,y = StreamDL(stream, 4, 6, verbose=False).one_batch()
     out = model(x)
     equal(out.shape, (4, 6, V))
@@ -265,12 +271,12 @@ def test_proj_size_works(n_layers):
     model.reset()
     close(model(x, begins)[1,2:], model.read(x[1:2,2:], None)[0][0], eps=1e-12)
     fit(partial(rnn_learner, cbs=TBPTT(3, 6)), loaders('all', stride=3),
-        partial(RNNLM, n_layers=n_layers, proj_size=3), lm_loss)
+        partial(RNNLM, n_layers=n_layers, cell=small), lm_loss)
 
 # what is given to a model
 
 x,y = StreamDL(stream, 4, 6, verbose=False).one_batch()
-lstm,gru,looping = RNNLM(V, 8),RNNLM(V, 8, rnn=nn.GRU),LMModel3(V, 8)
+lstm,gru,looping = RNNLM(V, 8),RNNLM(V, 8, cell='gru'),LMModel3(V, 8)
 zeros = torch.zeros(1, 4, 8)
 
 @pytest.mark.parametrize('model', [LMModel2(V, 8), looping, lstm])
@@ -330,12 +336,13 @@ def test_callbacks_and_adapters_name_what_they_miss():
 
 # a classifier on a language model
 
-@pytest.mark.parametrize('kwargs', [
-    {}, dict(proj_size=5), dict(rnn=nn.GRU, n_layers=2)])
-def test_encode_gives_the_hidden_states(kwargs):
+@pytest.mark.parametrize('kwargs, n_out', [
+    ({}, 8), (dict(cell=partial(nn.LSTM, proj_size=5)), 5),
+    (dict(cell='gru', n_layers=2), 8), (dict(cell='mingru', n_layers=2), 8)])
+def test_encode_gives_the_hidden_states(kwargs, n_out):
     model = RNNLM(V, 8, **kwargs)
     out,state = model.encode(x)
-    equal(out.shape, (4, 6, kwargs.get('proj_size', 8)))
+    equal(out.shape, (4, 6, n_out))
     equal(model.h_o(out), model(x))
     equal(state_tensors(model.state), state_tensors(state))
 

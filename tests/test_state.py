@@ -104,12 +104,20 @@ def awd():
     config = dict(awd_lstm_lm_config, emb_sz=6, n_hid=N, n_layers=2)
     return AWDLM(get_language_model(AWD_LSTM, V, config, drop_mult=.1))
 
+def everywhere(p):
+    "Dropout in all places of an `RNNLM`, tied weights, and what else there is"
+    places = {f'{o}_p': p for o in ('embed', 'input', 'weight', 'hidden', 'output')}
+    return places | dict(tie_weights=True, emb_sz=N+2, residual=True, norm='layer')
+
 makers = {
     'LMModel3': lambda: LMModel3(V, N),
-    'RNN': lambda: RNNLM(V, N, rnn=nn.RNN),
-    'GRU': lambda: RNNLM(V, N, rnn=nn.GRU),
+    'RNN': lambda: RNNLM(V, N, cell='rnn'),
+    'GRU': lambda: RNNLM(V, N, cell='gru'),
+    'minGRU': lambda: RNNLM(V, N, cell='mingru'),
     'LSTM': lambda: RNNLM(V, N),
-    'LSTM, 2 layers, dropout': lambda: RNNLM(V, N, 2, dropout=.5),
+    'LSTM, 2 layers, dropout': lambda: RNNLM(V, N, 2, **everywhere(.5)),
+    'minGRU, 2 layers, dropout':
+        lambda: RNNLM(V, N, 2, 'mingru', **everywhere(.5) | dict(weight_p=0.)),
     'AWD_LSTM': awd,
     'a pair for each layer': Layers,
     'a cell': Cell,
