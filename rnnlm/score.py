@@ -9,6 +9,7 @@ __all__ = ['Scores', 'score', 'bits_per_char', 'bits_per_byte']
 # %% ../nbs/06c_score.ipynb #sc03
 import math, operator
 from functools import cached_property
+from itertools import zip_longest
 from warnings import warn
 import numpy as np
 from fastai.learner import Learner
@@ -17,11 +18,11 @@ from fastcore.meta import delegates
 from .blocks import mean_stderr
 from .core import check_int
 from .dynamic import DynamicEval, read_and_learn
-from rnnlm.logprobs import (
-    TextLines, check_predicts, evaluation_mode, module_to_read, read_again,
-    read_lines)
-from .spans import (
-    check_same_text_vocab, count_text, encode_string, to_stream, token_bytes)
+from .logprobs import TextLines, check_predicts, evaluation_mode
+from .logprobs import module_to_read, read_again, read_lines
+from .new_text import unknown_tokens
+from .prompts import as_stream, cutter, stream_of
+from .spans import count_text, token_bytes
 from .stream import TokenStream
 
 # %% ../nbs/06c_score.ipynb #sc12a
@@ -104,34 +105,55 @@ def __repr__(self:Scores):
             f'{self.perplexity:.2f}, over {self.n:,} tokens{unknown}')
 
 # %% ../nbs/06c_score.ipynb #sc16
-def trained_stream(
-    model # A model or a `Learner`
-) -> TokenStream:
-    "The stream on which a learner was trained; None if that is not known"
+def _known_stream(model, stream):
+    "The stream that knows the vocab and the tokenizer; None if there is none"
+    if stream is not None: return as_stream(stream)
     if not isinstance(model, Learner): return None
-    dataset = getattr(model.dls.train, 'dataset', None)
-    if isinstance(dataset, TokenStream): return dataset
-    vocab = getattr(model.dls, 'vocab', None)
-    return None if vocab is None else to_stream(vocab)
+    try: return stream_of(model)
+    except ValueError: return None  # the data of its training have no vocab
 
-def stream_of(
+def _encode(text, stream):
+    "A stream of a string; warns of what the vocab lacks"
+    cut = cutter(stream)
+    made = stream.new_empty()
+    made.ids,made.docs = stream.encode(text, cut),None
+    unknown = unknown_tokens(stream, text, cut)
+    if unknown:
+        words = ', '.join(map(repr, unknown[:5])) + (' ...' if unknown[5:] else '')
+        warn(f"text holds what the vocab lacks, and it is scored as {stream.unk!r}, "
+             f"which is easier to predict, so that the model looks better than it is: "
+             f"{words}")
+    return made
+
+def _check_vocab(text, known):
+    "Raise `ValueError` unless both streams have the same vocab"
+    ours,theirs = [*text.vocab],[*known.vocab]
+    if ours == theirs: return
+    pairs = enumerate(zip_longest(ours, theirs))
+    i,(our,their) = next((i,pair) for i,pair in pairs if pair[0] != pair[1])
+    raise ValueError(f"text has another vocab than the model was trained with: token "
+                     f"{i} is {our!r}, and {their!r} there (of {len(ours)} and "
+                     f"{len(theirs)} tokens); give the text as a string, or make its "
+                     "stream with vocab=stream.vocab")
+
+def text_to_score(
     text, # A string or a `TokenStream`
     stream, # As in `score`
     model # A model or a `Learner`
 ) -> TokenStream:
     "The text as a stream; raises `TypeError` or `ValueError` if it can't be one"
-    known = trained_stream(model) if stream is None else to_stream(stream)
-    if isinstance(text, str):
-        if known is None:
-            raise ValueError("stream must be given with a string: its vocab and "
-                             "tokenizer encode the text; or give a Learner, or the "
-                             "text as a TokenStream")
-        return encode_string(text, known)
-    if not isinstance(text, TokenStream):
+    known = _known_stream(model, stream)
+    if isinstance(text, TokenStream):
+        if known is not None: _check_vocab(text, known)
+        return text
+    if not isinstance(text, str):
         raise TypeError(f"text must be a string or a TokenStream, got "
                         f"{type(text).__name__}")
-    if known is not None: check_same_text_vocab(text, known)
-    return text
+    if known is None:
+        raise ValueError("stream must be given with a string: its vocab and tokenizer "
+                         "encode the text; or give a Learner, or the text as a "
+                         "TokenStream")
+    return _encode(text, known)
 
 # %% ../nbs/06c_score.ipynb #sc18
 def _check_from_0(name, value, most, of):
@@ -153,16 +175,6 @@ def _begins_mask(stream, begins, model):
     mask = np.zeros(len(stream), dtype=bool)
     mask[stream.docs] = True
     return mask
-
-def _warn_unknown(scores):
-    n = int(scores.is_unk.sum())
-    if n == 0: return
-    words = (scores.pieces[i].decode().strip() for i in np.flatnonzero(scores.is_unk))
-    which = ', '.join(repr(o) for o in [*dict.fromkeys(filter(None, words))][:5])
-    if which: which = f', as {which}'
-    warn(f"text has {n:,} tokens that the vocab has not{which}: they are scored as "
-         f"{scores.stream.unk!r}, which is easier to predict than they are, so the "
-         "model looks better than it is")
 
 # %% ../nbs/06c_score.ipynb #sc18b
 def score(
@@ -186,7 +198,7 @@ def score(
     `FloatingPointError` if the model gives no numbers."""
     inner,has_memory = module_to_read(model, 'score')
     string = text if isinstance(text, str) else None
-    text = stream_of(text, stream, model)
+    text = text_to_score(text, stream, model)
     if len(text) < 2:
         raise ValueError("text must have 2 tokens at least, since nothing predicts the "
                          f"first, got {len(text)}")
@@ -211,9 +223,7 @@ def score(
         else: logprobs = read_again(inner, ids, mask, check_int('sl', sl))
     logprobs[:1+skip] = np.nan
     keep = dynamic is not None and dynamic.keep
-    scores = Scores(logprobs, text, string, adapted if keep else None)
-    if string is not None: _warn_unknown(scores)
-    return scores
+    return Scores(logprobs, text, string, adapted if keep else None)
 
 # %% ../nbs/06c_score.ipynb #sc30
 @delegates(score)
