@@ -289,3 +289,21 @@ def test_comparison_of_models_with_different_tokenizers():
 def test_scores_of_different_texts_are_not_compared(stream):
     a,b = score(make_rnn(), stream[:500]),score(make_rnn(), stream[1:501])
     with pytest.raises(ValueError, match='same text'): compare(a, b)
+
+def test_string_with_a_tokenizer_of_hugging_face():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    text = 'The cat is in the café.'
+    tokenizer.train_from_iterator([text]*3, trainers.BpeTrainer(
+        vocab_size=270, show_progress=False, initial_alphabet=alphabet))
+    model = make_rnn(tokenizer.get_vocab_size())
+    found = score(model, text, tokenizer)
+    assert found.n == len(tokenizer.encode(text).ids)-1
+    first = len(found.pieces[0])
+    assert found.sizes[1][1:].sum() == len(text.encode())-first
+    by_chars = TokenStream.from_docs([text], 'chars', progress=False)
+    other = score(make_rnn(len(by_chars.vocab)), by_chars)
+    assert compare(found, other).unit == 'bits a character'
