@@ -11,6 +11,7 @@ from rnnlm.mingru import *
 from rnnlm.config import *
 from rnnlm.lm import *
 from rnnlm.models import *
+from rnnlm.cells import *
 from rnnlm.adapters import *
 from rnnlm.callback import *
 from rnnlm.bptt import *
@@ -21,6 +22,7 @@ from rnnlm.learner import *
 from rnnlm.train import *
 from rnnlm.cli import *
 from rnnlm.diagrams import *
+from rnnlm.gates import *
 from rnnlm.chunks import *
 from rnnlm.reading import *
 from rnnlm.shading import *
