@@ -12,12 +12,14 @@ from rnnlm.config import *
 from rnnlm.lm import *
 from rnnlm.models import *
 from rnnlm.cells import *
+from rnnlm.ladder import *
 from rnnlm.adapters import *
 from rnnlm.callback import *
 from rnnlm.bptt import *
 from rnnlm.horizon import *
 from rnnlm.metrics import *
 from rnnlm.optim import *
+from rnnlm.outputs import *
 from rnnlm.learner import *
 from rnnlm.train import *
 from rnnlm.cli import *

@@ -24,6 +24,7 @@ from .core import find_stateful
 from .machine import few_threads, n_parameters, room_for_graphs
 from .metrics import PredRows, TokenLoss, lm_loss, per_token
 from .optim import ForeachAdam, fused_adam
+from .outputs import with_outputs
 
 # %% ../nbs/02a_learner.ipynb #4c8584b5
 _all_ = ['lm_loss', 'ForeachAdam', 'fused_adam']
@@ -166,6 +167,7 @@ class RNNLearner(TokenLearner):
         check_dls(dls)
         check_model(model)
         loss_func,opt_func = token_loss(loss_func),fastai_opt(opt_func)
+        kwargs['cbs'] = with_outputs(kwargs.get('cbs'), model)
         super().__init__(dls, model, loss_func, opt_func, **kwargs)
         can_forget = find_stateful(self.model, needs='reset')
         draws_lengths = getattr(self.dls.train, 'sl_std', 0)
@@ -177,7 +179,7 @@ class RNNLearner(TokenLearner):
     @delegates(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         "fastai's; brings `TBPTT` if `dls` was exchanged for one whose windows overlap"
-        cbs = L(cbs)
+        cbs = L(with_outputs(cbs, self.model, self.cbs))
         check_callbacks(self.cbs+cbs, self.model)
         cbs = cbs + self._for_overlap(self.cbs+cbs)
         super().fit(n_epoch, lr, wd, cbs=cbs, **kwargs)
@@ -244,5 +246,5 @@ def rnn_learner(
     Brings the callbacks that `model` and `dls` need, if they are not among `cbs`:
     `StateResetter` if the model can forget and `SameSteps` if not, `LengthLR` if the
     lengths of the batches are drawn, `TBPTT` if the windows overlap and the model
-    remembers."""
+    remembers, `RNNOutputs` for a `RNNRegularizer`."""
     return RNNLearner(dls, model, loss_func, opt_func, cbs=cbs, **kwargs)
