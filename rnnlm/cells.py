@@ -70,7 +70,7 @@ class LSTMByGates(nn.Module):
     def from_layer(cls,
         layer:nn.LSTM # Of a single layer
     ):
-        "A cell with the weights of `layer`, in which PyTorch has i, f, g, o in this order"
+        "A cell with the weights of `layer`, which has its gates in the order i, f, g, o"
         check_layer(layer, nn.LSTM)
         cell = cls(layer.input_size, layer.hidden_size).to(layer.weight_hh_l0)
         weight = torch.cat([layer.weight_hh_l0, layer.weight_ih_l0], 1)  # of [h, x]
@@ -100,7 +100,8 @@ class CellLayer(nn.Module):
                              "1) where it is (sl, bs, input_size)")
         self.input_size = input_size
         self.hidden_size = hidden_size
-        self.cell = cell if isinstance(cell, nn.Module) else cell(input_size, hidden_size)
+        is_made = isinstance(cell, nn.Module)
+        self.cell = cell if is_made else cell(input_size, hidden_size)
 
     def forward(self, x, state=None):
         "The output after each step, and the state after the last"
@@ -191,7 +192,7 @@ class GRUByGates(nn.Module):
     def from_layer(cls,
         layer:nn.GRU # Of a single layer
     ):
-        "A cell with the weights of `layer`, in which PyTorch has r, z, n in this order"
+        "A cell with the weights of `layer`, which has its gates in the order r, z, n"
         check_layer(layer, nn.GRU)
         cell = cls(layer.input_size, layer.hidden_size).to(layer.weight_hh_l0)
         parts = ((cell.reset_x, cell.update_x, cell.candidate_x),

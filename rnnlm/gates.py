@@ -128,7 +128,8 @@ def plot_gru(
     draw_arrow(ax, (update[0],3), (x,3), _PLAIN, gaps=(11,11), lw=4)
     _draw_node(ax, x, 3, '+')
     draw_arrow(ax, (x,3), (8.6,3), _PLAIN, gaps=(11,12), lw=4)
-    for place in (0,3,'$h_{t-1}$'), (0,-.2,'$x_t$'), (8.6,3,'$h_t$'): draw_box(ax, *place)
+    for x,y,name in (0,3,'$h_{t-1}$'), (0,-.2,'$x_t$'), (8.6,3,'$h_t$'):
+        draw_box(ax, x, y, name)
     matrices = ('$W_z$', OUT), ('$W_r$', IN), ('$W_n$', UP)
     lines = [legend_line(*o, lw=2.5) for o in matrices]
     if grad:
