@@ -70,7 +70,7 @@ class LSTMByGates(nn.Module):
     def from_layer(cls,
         layer:nn.LSTM # Of a single layer
     ):
-        "A cell with the weights of `layer`, which has its gates in the order i, f, g, o"
+        "A cell with the weights of `layer`; its gates stand in the order i, f, g, o"
         check_layer(layer, nn.LSTM)
         cell = cls(layer.input_size, layer.hidden_size).to(layer.weight_hh_l0)
         weight = torch.cat([layer.weight_hh_l0, layer.weight_ih_l0], 1)  # of [h, x]
@@ -192,7 +192,7 @@ class GRUByGates(nn.Module):
     def from_layer(cls,
         layer:nn.GRU # Of a single layer
     ):
-        "A cell with the weights of `layer`, which has its gates in the order r, z, n"
+        "A cell with the weights of `layer`; its gates stand in the order r, z, n"
         check_layer(layer, nn.GRU)
         cell = cls(layer.input_size, layer.hidden_size).to(layer.weight_hh_l0)
         parts = ((cell.reset_x, cell.update_x, cell.candidate_x),
