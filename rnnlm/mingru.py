@@ -12,7 +12,7 @@ from torch import nn
 import torch.nn.functional as F
 from .core import check_int
 
-# %% ../nbs/01c_mingru.ipynb #scan
+# %% ../nbs/01c_mingru.ipynb #loopcode
 def _loop(log_a, b, h):
     "The scan step by step: each step of all rows at once"
     a,out = log_a.exp(),b.clone()
@@ -20,6 +20,7 @@ def _loop(log_a, b, h):
     for t in range(1, b.shape[1]): out[:,t].addcmul_(a[:,t], out[:,t-1])
     return out
 
+# %% ../nbs/01c_mingru.ipynb #blockscode
 def _in_blocks(log_a, b, h):
     "The scan in blocks of steps side by side, about as many as a block has steps"
     bs,sl,n = b.shape
@@ -34,6 +35,9 @@ def _in_blocks(log_a, b, h):
     starts = torch.cat([h[:,None], ends[:,:-1]], 1)
     out = torch.addcmul(inside, log_decay.exp(), starts[:,:,None])
     return out.view(bs, -1, n)[:,:sl]
+
+# %% ../nbs/01c_mingru.ipynb #fncode
+_WIDE = 2048  # numbers in a step, from which on a CPU gains nothing by blocks
 
 class _Scan(torch.autograd.Function):
     "The scan, and as its gradient the same scan from the end"
@@ -54,8 +58,7 @@ class _Scan(torch.autograd.Function):
         grad_a = grad_b*log_a.exp()
         return grad_a*before,grad_b,grad_a[:,0]
 
-_WIDE = 2048  # numbers in a step, from which on a CPU gains nothing by blocks
-
+# %% ../nbs/01c_mingru.ipynb #scancode
 def log_scan(
     log_a:torch.Tensor, # Logarithms of the coefficients, (bs, sl, n), each at most 0
     b:torch.Tensor, # What is added at each step, (bs, sl, n)
