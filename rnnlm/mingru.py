@@ -107,7 +107,8 @@ class MinGRU(nn.Module):
         z = gate.sigmoid()               # section 3.1.3: z_t = sigmoid(W_z x_t)
         log_keep = F.logsigmoid(-gate)   # log(1 - z_t)
         # appendix B.2.1: g(c) = c + 0.5 where c >= 0, else sigmoid(c)
-        candidate = torch.where(candidate >= 0, candidate+.5, candidate.sigmoid())
+        above = F.relu(candidate)
+        candidate = above + (candidate-above).sigmoid()
         if begins is not None:  # keep nothing there
             log_keep = log_keep.masked_fill(begins[...,None], -torch.inf)
         start = self._start(h, z)
