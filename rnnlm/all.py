@@ -12,6 +12,7 @@ from rnnlm.ngrams import *
 from rnnlm.config import *
 from rnnlm.lm import *
 from rnnlm.models import *
+from rnnlm.cells import *
 from rnnlm.ladder import *
 from rnnlm.adapters import *
 from rnnlm.sampling import *
@@ -33,6 +34,7 @@ from rnnlm.train import *
 from rnnlm.presets import *
 from rnnlm.cli import *
 from rnnlm.diagrams import *
+from rnnlm.gates import *
 from rnnlm.chunks import *
 from rnnlm.reading import *
 from rnnlm.shading import *
