@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06g_progress.ipynb #9d64655d
+# %% ../nbs/06g_progress.ipynb #7da716b2
 import io, math, shutil, sys, time
 from functools import partial
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from fastcore.basics import noop
 from .generate import generate
 from .plot import plot_run
 
-# %% ../nbs/06g_progress.ipynb #47cdcae4
+# %% ../nbs/06g_progress.ipynb #e5b4f523
 def as_clock(
     seconds:float # Any time
 ) -> str:
@@ -29,7 +29,7 @@ def perplexity_of(
     "e to the `loss`; infinity where that is too large for a float"
     return math.exp(loss) if loss < 700 else math.inf
 
-# %% ../nbs/06g_progress.ipynb #dd45d1e1
+# %% ../nbs/06g_progress.ipynb #5a97e92b
 class ProgressLine(Callback):
     """Tells of a fit in lines: loss, perplexity, tokens a second and the time left.
 
@@ -112,7 +112,7 @@ class ProgressLine(Callback):
         self.clear()
         self.learn.logger = self.logger_before
 
-# %% ../nbs/06g_progress.ipynb #cf063b00
+# %% ../nbs/06g_progress.ipynb #ed79bdfd
 class Samples(Callback):
     "After each epoch, what the model writes after `prompt`; all of it in `texts`"
     order = 65  # after the epoch's line
@@ -149,7 +149,7 @@ class Samples(Callback):
                  for epoch,text in self.texts]
         return '\n'.join(parts)
 
-# %% ../nbs/06g_progress.ipynb #d3fc6c7f
+# %% ../nbs/06g_progress.ipynb #c3a2e763
 def run_picture(
     learn # A `Learner` after a fit
 ) -> bytes: # None if no epoch was finished

@@ -16,7 +16,7 @@ env.pop('COLUMNS', None)
 SCRIPT = '''import sys
 from rnnlm.cli import {0}
 sys.exit({0}())'''  # as pip writes it
-QUICK = '--preset human_numbers --epochs 1 --bs 64 --sl 16'.split()
+QUICK = '--preset numbers --epochs 1 --bs 64 --sl 16'.split()
 
 @pytest.fixture(scope='session')
 def bin(tmp_path_factory):
@@ -140,7 +140,7 @@ def test_help_needs_no_torch(bin):
 
 WRONG = [
     (dict(path='no/such'), 'no/such'),
-    (dict(seed=10**20), 'seed must be from 0 to 4294967295'),
+    (dict(seed=10**20), 'seed must be from 0'),
     (dict(save=''), "save must be a folder to write to, got ''"),
     (dict(save='/proc/x'), 'save must be a folder to write to'),
     (dict(save='.'), "which holds 'text.txt'"),
@@ -148,7 +148,7 @@ WRONG = [
     (dict(preset='none'), 'preset must be'),
     (dict(minutes=-1.), 'minutes must be above 0'),
     (dict(epochs=0), 'must be at least 1, got 0'),
-    (dict(bs=0), 'bs must be'),
+    (dict(bs=0), 'bs must be at least 1'),
     (dict(prompt='%'), "'%'")]
 
 @pytest.mark.parametrize('options,message', WRONG, ids=[str(o) for o,_ in WRONG])
@@ -179,10 +179,9 @@ def test_minutes_shorter_than_a_batch_are_named(tmp_path):
 
 def test_a_corpus_shorter_than_one_batch_is_told_the_sizes_that_work(tmp_path):
     (tmp_path/'short.txt').write_text('to be or not to be, that is the question')
-    with pytest.raises(CliError) as e:
-        train(tmp_path/'short.txt', tmp_path/'m', epochs=1, bs=64, sl=64)
-    sizes = {k: int(v) for k,v in re.findall(r'(bs|sl)=(\d+)', str(e.value))}
-    assert sizes, e.value
+    def try_sizes(bs, sl): train(tmp_path/'short.txt', tmp_path/'m', epochs=1, bs=bs, sl=sl)
+    with pytest.raises(CliError, match='write bs=4; nothing was trained'): try_sizes(64, 8)
+    try_sizes(4, 8)
 
 @pytest.mark.parametrize('options,message', [
     (dict(temperature=-1.), 'temperature'), (dict(top_p=0.), 'top_p'),
@@ -198,12 +197,12 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 def test_characters_that_the_model_never_met_are_named(trained, tmp_path):
     (tmp_path/'new.txt').write_text('one . twelfth')
-    with pytest.raises(CliError, match="'twelfth' is not in vocab"):
+    with pytest.raises(CliError, match="'twelfth'"):
         evaluate(trained[0], tmp_path/'new.txt')
 
 # how it ends
 
-LONG = '--preset human_numbers --epochs 500 --bs 64 --sl 16'.split()
+LONG = '--preset numbers --epochs 500 --bs 64 --sl 16'.split()
 
 def stopped_at(args, text, n=1):
     "Run, press Ctrl-C `n` times when it has printed `text`; its exit code and output"
