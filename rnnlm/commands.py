@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06f_commands.ipynb #3a7dcdb2
+# %% ../nbs/06f_commands.ipynb #a9e60cda
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,7 @@ from .sampling import check_seed
 from .score import score
 from .text import TokenStream
 
-# %% ../nbs/06f_commands.ipynb #e2780d91
+# %% ../nbs/06f_commands.ipynb #32cb132d
 def read_text(
     path, # A text file, a folder of them, or 'human_numbers'
     **kwargs # For `TokenStream.from_files`
@@ -35,7 +35,7 @@ def read_text(
         return TokenStream.from_files(Path(path).expanduser(), progress=False, **kwargs)
     return TokenStream.from_text(' . '.join(human_numbers()), progress=False, **kwargs)
 
-# %% ../nbs/06f_commands.ipynb #03b6f3bb
+# %% ../nbs/06f_commands.ipynb #f51e718c
 @contextmanager
 def mistakes(
     outcome:str # What they had as a consequence
@@ -46,7 +46,7 @@ def mistakes(
         words = str(e).split('\n\t')[-1]  # fastai tells first in which callback it was
         raise CliError(f'{words}; {outcome}') from None
 
-# %% ../nbs/06f_commands.ipynb #dbcbc295
+# %% ../nbs/06f_commands.ipynb #292e7d4e
 def _target(save):
     "The folder for a model; the default is never one that is there already"
     if save is None and Path('model').exists():
@@ -114,7 +114,7 @@ def train(
     print(f'{n_parameters(learn.model):,} parameters, saved: {folder}')
     return 0 if is_cli() else learn
 
-# %% ../nbs/06f_commands.ipynb #a6728b13
+# %% ../nbs/06f_commands.ipynb #d03fd111
 def _load(folder, device):
     "The model of a folder, and its stream"
     model,stream = load_pretrained(folder, device)
@@ -141,13 +141,13 @@ def write(
                                temperature=temperature, top_k=top_k, top_p=top_p)
         text = ''
         for piece in pieces:
-            if not text: print(prompt, end=' | ')
+            if not text: print(prompt, end='')
             print(piece, end='', flush=True)
             text += piece
     print()
     return 0 if is_cli() else text
 
-# %% ../nbs/06f_commands.ipynb #b37a8c9f
+# %% ../nbs/06f_commands.ipynb #8694f190
 def evaluate(
     folder, # Of a model
     path, # A text file, a folder of them, or 'human_numbers'

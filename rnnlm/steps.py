@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Steps']
 
-# %% ../nbs/06b_steps.ipynb #968dc73e
+# %% ../nbs/06b_steps.ipynb #d394d8f0
 from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from .core import check_int
 from .logprobs import device_of, evaluation_mode, module_to_read
 from .state import map_state, state_tensors
 
-# %% ../nbs/06b_steps.ipynb #10dc5e34
+# %% ../nbs/06b_steps.ipynb #6b760df1
 WINDOW = 512  # tokens of a prompt that are read at a time
 
 def join_rows(
@@ -62,7 +62,7 @@ def last_logits(
     raise TypeError(f"model must give logits (bs, vocab_sz) or (bs, sl, vocab_sz), and "
                     f"{type(model).__name__} gives {got}")
 
-# %% ../nbs/06b_steps.ipynb #633b3a5f
+# %% ../nbs/06b_steps.ipynb #eace8a07
 class Steps:
     """A model that reads rows of tokens on; its own state and mode stay as they are.
 
@@ -75,7 +75,8 @@ class Steps:
         self.model,self.has_memory = module_to_read(model, who)
         self.device = device_of(self.model)
         self.n_tokens = getattr(self.model, 'n_tokens', None)  # if it reads just so many
-        self.sl = self.n_tokens if sl is None else check_int('sl', sl)
+        if sl is not None: sl = check_int('sl', sl)
+        self.sl = self.n_tokens or sl
         self.batch_dim = getattr(self.model, 'batch_dim', 0)
 
     @contextmanager
