@@ -57,7 +57,7 @@ def test_output_that_is_no_terminal_has_lines_and_nothing_else(trained):
     equal(res.stderr, '')
     assert not re.search(r'[\r\x1b█]', res.stdout)
     line = next(o for o in res.stdout.splitlines() if o.startswith('epoch 1'))
-    assert re.search(r'perplexity \d+\.\d\d, [\d,]+ tokens/s, \d:\d\d$', line)
+    assert re.search(r'perplexity \d+\.\d{3}, [\d,]+ tokens/s, \d:\d\d$', line)
 
 def on_terminal(args, columns):
     "What a command writes on a terminal of so many columns"
