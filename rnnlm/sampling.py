@@ -24,7 +24,7 @@ def keep_top_k(
 
 def keep_top_p(
     logits:torch.Tensor, # (..., vocab_sz)
-    p:float # The share of the tokens that stay, above 0; the likeliest stays in any case
+    p:float # The share of the tokens that stay, above 0; the likeliest always stays
 ) -> torch.Tensor:
     """`logits` with -inf for all but the likeliest tokens that have the share `p`.
 
@@ -88,7 +88,7 @@ class Sampling:
     def allowed(self,
         logits:torch.Tensor # (..., vocab_sz)
     ) -> torch.Tensor: # In single precision at least
-        "`logits` with -inf for the tokens that are not drawn whatever their probability"
+        "`logits` with -inf for the tokens in `never`"
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not self.never: return logits
         never = torch.tensor(self.never, device=logits.device)

@@ -1,5 +1,5 @@
-"""What models write: the right tokens, at one step of work each, and nothing of the model
-or of the random numbers changes."""
+"""What models write: the right tokens, at one step of work each; and nothing of the
+model or of the random numbers changes."""
 import itertools, math, warnings
 from functools import partial
 import pytest, torch
@@ -10,7 +10,7 @@ from fastai.torch_core import set_seed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from rnnlm.all import *
-from rnnlm.prompts import LiveText
+from rnnlm.prompts import live_text
 from rnnlm.steps import WINDOW
 
 PROMPT = 'one . two . three .'
@@ -93,7 +93,8 @@ def test_top_k_and_top_p_keep_what_hugging_face_keeps():
         assert torch.equal(keep_top_p(logits, p), theirs)
     for k in 1, 7, 40, 99:
         removed = logits < torch.topk(logits, min(k, 40))[0][...,-1,None]
-        assert torch.equal(keep_top_k(logits, k), logits.masked_fill(removed, -math.inf))
+        theirs = logits.masked_fill(removed, -math.inf)
+        assert torch.equal(keep_top_k(logits, k), theirs)
 
 def test_nothing_improbable_is_drawn(model, stream):
     ids = stream.encode(PROMPT, str.split)[None]
@@ -181,7 +182,8 @@ def ladder():
         yield f'LMModel{i}', partial(cls, 30, 8)
 
 MODELS = dict(ladder()) | {
-    'rnn': partial(RNNLM, 30, 8, cell='rnn'), 'gru': partial(RNNLM, 30, 8, 2, cell='gru'),
+    'rnn': partial(RNNLM, 30, 8, cell='rnn'),
+    'gru': partial(RNNLM, 30, 8, 2, cell='gru'),
     'mingru': partial(RNNLM, 30, 8, cell='mingru'),
     'tied': partial(RNNLM, 30, 8, 2, emb_sz=4, tie_weights=True, output_p=.5,
                     weight_p=.5, embed_p=.5, norm='layer', residual=True),
@@ -304,7 +306,8 @@ def test_training_goes_on_as_if_nothing_was_written(stream):
 
 # tokenizers
 
-TEXT = 'The cat, the dog and 😀 the bird.\n"Well," said the cat, "it\'s the 🚀 end."\n' * 3
+TEXT = ('The cat, the dog and 😀 the bird.\n'
+        '"Well," said the cat, "it\'s the 🚀 end."\n')*3
 
 def byte_level_bpe():
     tok = Tokenizer(models.BPE())
@@ -352,7 +355,7 @@ def test_an_emoji_is_not_cut():
     stream = TokenStream.from_text('😀 🚀'*9, tokenizer=bpe, progress=False)
     ids = stream.encode('a 😀 b 🚀🚀').tolist()
     assert len(ids) > len('a 😀 b 🚀🚀')
-    live = LiveText(stream, [])
+    live = live_text(stream, [])
     pieces = [live.add(i) for i in ids] + [live.finish()]
     assert ''.join(pieces) == 'a 😀 b 🚀🚀'
     assert not any('\ufffd' in o for o in pieces)
@@ -451,7 +454,8 @@ def test_bad_input_is_told_before_anything_is_written(args, error, message, mode
     args = dict(model=model, stream=stream, prompt=PROMPT) | args
     with pytest.raises(error, match=message): generate(**args)
     if not isinstance(args['prompt'], list):
-        with pytest.raises(error, match=message if 'num_beams' not in args else 'num_b'):
+        if 'num_beams' in args: message = 'num_beams'
+        with pytest.raises(error, match=message):
             generate_iter(**args)  # and not when the first piece is asked for
 
 def test_generate_iter_takes_one_prompt(model, stream):
