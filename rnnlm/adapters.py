@@ -61,8 +61,9 @@ class AWDLM(StatefulLM):
         for rnn in awd.rnns:
             drops = rnn.training and rnn.weight_p > 0
             rnn._setweights() if drops else rnn.reset()
-        vocab = torch.arange(awd.encoder.num_embeddings, device=x.device)
-        table = awd.encoder_dp(vocab)
+        table = awd.encoder.weight
+        if awd.encoder_dp.training:
+            table = awd.encoder_dp(torch.arange(len(table), device=x.device))
         sizes = [rnn.module.input_size for rnn in awd.rnns]
         sizes.append(decoder.decoder.in_features)
         dropouts = [awd.input_dp, *awd.hidden_dps[:-1], decoder.output_dp]

@@ -14,11 +14,20 @@ from .beams import beam_search
 from .core import check_int
 from .prompts import as_stream, prompt_ids, stream_of
 from .sampling import Draws, Sampling, check_seed, draw
-from .steps import Steps
+from .steps import steps_of
 from .stream import FASTAI
 from .writing import Row, Stop
 
 # %% ../nbs/06b_generate.ipynb #eb627de7
+def is_learner(model): return not isinstance(model, nn.Module) and hasattr(model, 'dls')
+
+def stream_for(model, stream):
+    "What gives the vocab: `stream`, or the text that a learner trains on"
+    if stream is not None: return as_stream(stream)
+    if is_learner(model): return stream_of(model)
+    raise TypeError("stream must be given, what has the vocab: a "
+                    f"{type(model).__name__} does not know it")
+
 def trained_length(learn):
     "The tokens of a sample of the training, None if they are not known"
     dl = learn.dls.train
@@ -34,30 +43,37 @@ def tokens_to_suppress(stream, suppress):
     for o in suppress or ():
         known = o in vocab if isinstance(o, str) else o in range(len(vocab))
         if not known:
-            raise ValueError("suppress must hold tokens of the vocab, or their ids, got "
-                             f"{o!r}")
+            raise ValueError("suppress must hold tokens of the vocab, or their ids, "
+                             f"got {o!r}")
         ids.append(vocab.index(o) if isinstance(o, str) else o)
     if len({*ids}) >= len(vocab):
         raise ValueError("suppress must leave a token to write, got all "
                          f"{len(vocab)} of the vocab")
     return tuple(ids)
 
+def check_logits(steps, stream):
+    "Raise `ValueError` unless the model has a logit for each token of the stream"
+    with steps.reading(): logits = steps.start([[0]*(steps.n_tokens or 1)])
+    size,n = logits.shape[-1],len(stream.vocab)
+    if size != n:
+        raise ValueError(f"stream has a vocab of {n} tokens, and the model gives "
+                         f"{size} numbers for the next: give the stream that it was "
+                         "trained with, and a model with logits")
+    if logits.isnan().any():
+        raise ValueError("model gives NaN: its training diverged, and it can write "
+                         "nothing")
+
+# %% ../nbs/06b_generate.ipynb #282e7c7f
 class Writer:
     "What was asked for, checked; and the texts as they are written"
     def __init__(self, model, stream, prompts, max_new_tokens=100, sampling=Sampling(),
                  num_beams=1, stop=None, seed=None, sl=None, live=False):
-        is_learner = not isinstance(model, nn.Module) and hasattr(model, 'dls')
         self.n = check_int('max_new_tokens', max_new_tokens)
         self.sampling,self.num_beams = sampling,check_int('num_beams', num_beams)
-        if sl is None and is_learner: sl = trained_length(model)
-        self.steps = Steps(model, sl)
-        if stream is None:
-            if not is_learner:
-                raise TypeError("stream must be given, what has the vocab: a "
-                                f"{type(model).__name__} does not know it")
-            stream = stream_of(model)
-        stream = as_stream(stream)
-        self.check_vocab(stream)
+        if sl is None and is_learner(model): sl = trained_length(model)
+        self.steps = steps_of(model, sl)
+        stream = stream_for(model, stream)
+        check_logits(self.steps, stream)
         stop = Stop(stream, stop)
         self.prompts = [prompt_ids(stream, o) for o in prompts]
         self.rows = [Row(stream, ids if text.strip() else [], stop, live)
@@ -65,27 +81,15 @@ class Writer:
         self.stream,self.tokens = stream,None
         self.draws = Draws(check_seed(seed), len(prompts))
 
-    def check_vocab(self, stream):
-        "Raise `ValueError` unless the model has a logit for each token"
-        with self.steps.reading():
-            logits = self.steps.start([[0]*(self.steps.n_tokens or 1)])
-        size,n = logits.shape[-1],len(stream.vocab)
-        if size != n:
-            raise ValueError(f"stream has a vocab of {n} tokens, and the model gives "
-                             f"{size} numbers for the next: give the stream that it was "
-                             "trained with, and a model with logits")
-        if logits.isnan().any():
-            raise ValueError("model gives NaN: its training diverged, and it can write "
-                             "nothing")
-
     def reading(self): return self.steps.reading(max(len(self.rows), self.num_beams))
 
     def next(self) -> list:
         "The next token of each row, an id; to be called inside of `reading`"
         if self.tokens is None: logits = self.steps.start(self.prompts)
         else: logits = self.steps.step(self.tokens)
-        if self.sampling.is_greedy: self.tokens = self.sampling.allowed(logits).argmax(-1)
-        else: self.tokens = draw(self.sampling.probs(logits), self.draws.next())
+        sampling = self.sampling
+        if sampling.is_greedy: self.tokens = sampling.allowed(logits).argmax(-1)
+        else: self.tokens = draw(sampling.probs(logits), self.draws.next())
         return self.tokens.tolist()
 
     def write(self) -> list:
@@ -124,8 +128,8 @@ def check_beams(num_beams, temperature, top_k, top_p):
     if num_beams == 1: return
     for name,value in dict(temperature=temperature, top_k=top_k, top_p=top_p).items():
         if value == (1 if name == 'temperature' else None): continue
-        raise ValueError(f"num_beams={num_beams} looks for the likeliest text and draws "
-                         f"nothing, so leave out {name}={value!r}")
+        raise ValueError(f"num_beams={num_beams} looks for the likeliest text and "
+                         f"draws nothing, so leave out {name}={value!r}")
 
 # %% ../nbs/06b_generate.ipynb #03515ee8
 def generate(
@@ -133,7 +137,7 @@ def generate(
     stream=None, # Its `TokenStream`, tokenizer of Hugging Face or list of tokens
     prompt:str|list='', # What to go on from, or a list of such texts
     max_new_tokens:int=100, # Tokens to write, at most
-    temperature:float=1., # Below 1 likely tokens become likelier; 0: always the likeliest
+    temperature:float=1., # Below 1 likely tokens become likelier; 0: the likeliest
     top_k:int=None, # Draw from the likeliest `k` tokens alone
     top_p:float=None, # Draw from the likeliest tokens that have this share alone
     num_beams:int=1, # Beginnings to follow in search of the likeliest text; 1: draw
@@ -146,8 +150,8 @@ def generate(
 
     Each prompt is read once, and each new token is one step of a model with a memory.
     One without is shown the last tokens again: `sl` of them, or as many as it had in
-    the training of the `Learner`, or as its `n_tokens` says, or all so far. Row `i` of a
-    list draws with `seed`+i, and gets what it would get alone. A `Learner` brings the
+    the training of the `Learner`, or as its `n_tokens` says, or all so far. Row `i` of
+    a list draws with `seed`+i, and gets what it would get alone. A `Learner` brings the
     stream of its training data. An empty prompt is the stream's `bos`. The model's own
     state and mode and all random generators stay as they are.
 
@@ -161,6 +165,7 @@ def generate(
     texts = writer.write()
     return texts[0] if is_one else texts
 
+# %% ../nbs/06b_generate.ipynb #f9d2018d
 @delegates(generate)
 def generate_iter(
     model, # A language model, as it is or wrapped, or a `Learner`
@@ -187,8 +192,7 @@ def _writer(model, stream, prompts, max_new_tokens=100, temperature=1., top_k=No
     "The `Writer` of these arguments"
     check_beams(num_beams, temperature, top_k, top_p)
     if suppress:
-        known = stream_of(model) if stream is None else as_stream(stream)
-        suppress = tokens_to_suppress(known, suppress)
+        suppress = tokens_to_suppress(stream_for(model, stream), suppress)
     sampling = Sampling(temperature, top_k, top_p, never=tuple(suppress or ()))
     return Writer(model, stream, prompts, max_new_tokens, sampling, num_beams, stop,
                   seed, sl, live)

@@ -83,7 +83,9 @@ class MuonAdamW(torch.optim.AdamW):
         for p in params:
             if p.grad is None: continue
             state = self.state[p]
-            if 'grad_avg' not in state: state['grad_avg'] = torch.zeros_like(p)
+            if 'step' not in state:
+                state.update(step=torch.tensor(0.), grad_avg=torch.zeros_like(p))
+            state['step'] += 1
             avg = state['grad_avg'].lerp_(p.grad, 1-mom)
             step = orthogonalize(p.grad.lerp(avg, mom))  # with Nesterov's momentum
             m,n = p.shape

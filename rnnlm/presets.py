@@ -134,14 +134,15 @@ def check_length(
 ):
     "Raise `ValueError` if the training part of `stream` is shorter than one batch"
     n = len(stream)-1  # tokens that have a target
-    if valid is None: n = int(n*(1-valid_pct))
-    lines,length = n//sl,n//bs
-    if lines >= bs: return
-    sizes = [f'bs={lines}'] if lines > 0 else []
-    if length > 0: sizes.append(f'sl={length}')
+    def lines_of(sl):
+        "How many samples of `sl` tokens the training part has"
+        return n//sl if valid is not None else int(n//sl*(1-valid_pct))
+    if lines_of(sl) >= bs: return
+    sizes = [f'bs={lines_of(sl)}'] if lines_of(sl) > 0 else []
+    sizes += [f'sl={o}' for o in range(n//bs, 0, -1) if lines_of(o) >= bs][:1]
     remedy = f"write {' or '.join(sizes)}" if sizes else 'give a longer text'
-    raise ValueError(f"bs={bs} lines of sl={sl} tokens must fit into the text, and its "
-                     f"training part has {n:,} tokens: {remedy}")
+    raise ValueError(f"bs={bs} lines of sl={sl} tokens must fit into the training part "
+                     f"of the text, which has {lines_of(1):,}: {remedy}")
 
 # %% ../nbs/06e_presets.ipynb #pre09
 _MUON = dict(opt_func=MuonAdamW, splitter=layer_matrices, lr=(6e-3, .02))

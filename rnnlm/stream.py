@@ -81,8 +81,7 @@ class TokenStream:
     `ids` has shape (tokens,) and is int64 in memory, but uint8, uint16 or int32 when
     opened from disk: use `.long()` on slices. `docs` is a sorted int64 array or None.
     `tokenizer` is 'words', 'chars', the JSON of one of Hugging Face or fastai, or None
-    (not known); `unk` the token that stands for unknown ones, `bos` and `eos` those
-    before and after each document, None if there is none."""
+    (not known); `unk`, `bos` and `eos` are its tokens for these, None for none."""
     tokenizer = None
     unk = bos = eos = None
     _maps = ()  # memory maps, if opened from disk

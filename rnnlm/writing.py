@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../nbs/06b_writing.ipynb #3e5673f4
 from .new_text import unknown_tokens
-from .prompts import LiveText, cutter, decode_after
+from .prompts import cutter, decode_after, live_text
 from .stream import TokenStream, is_hugging_face
 
 # %% ../nbs/06b_writing.ipynb #082ea734
@@ -70,7 +70,7 @@ class Row:
         self.new = []  # ids
         self.text = ''  # as far as it is settled
         self.done = self.is_cut = False
-        self.live = LiveText(stream, before) if live or stop.strings else None
+        self.live = live_text(stream, before) if live or stop.strings else None
 
     def add(self,
         i:int # The id of the next token
