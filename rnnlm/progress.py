@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06g_progress.ipynb #1c1fc30c
+# %% ../nbs/06g_progress.ipynb #aa8a5e57
 import io, math, shutil, sys, time
 from functools import partial
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from fastcore.basics import noop
 from .generate import generate
 from .plot import plot_run
 
-# %% ../nbs/06g_progress.ipynb #239ee51c
+# %% ../nbs/06g_progress.ipynb #3f4ed455
 def as_clock(
     seconds:float # Any time
 ) -> str:
@@ -29,7 +29,7 @@ def perplexity_of(
     "e to the `loss`; infinity where that is too large for a float"
     return math.exp(loss) if loss < 700 else math.inf
 
-# %% ../nbs/06g_progress.ipynb #7b1d7268
+# %% ../nbs/06g_progress.ipynb #373fef7a
 class Lines:
     "Lines for a file or a terminal, the last of which may renew itself"
     def __init__(self,
@@ -56,7 +56,7 @@ class Lines:
         self.clear()
         print(text, file=self.file, flush=True)
 
-# %% ../nbs/06g_progress.ipynb #fafd2b57
+# %% ../nbs/06g_progress.ipynb #70b7d313
 class ProgressLine(Callback):
     """Tells of a fit in lines: loss, perplexity, tokens a second and the time left.
 
@@ -106,8 +106,7 @@ class ProgressLine(Callback):
         told = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))
         parts = [f"{name.replace('_', ' ')} {value:.3f}"
                  for name,value in told.items() if isinstance(value, float)]
-        loss = told.get('valid_loss')
-        if loss is None: loss = told['train_loss']
+        loss = told.get('valid_loss') or told['train_loss']
         if 'perplexity' not in told: parts += [f'perplexity {perplexity_of(loss):.3f}']
         parts += [self.speed(), as_clock(time.perf_counter()-self.start)]
         self.drawn = time.perf_counter()
@@ -118,7 +117,7 @@ class ProgressLine(Callback):
         self.lines.clear()
         self.learn.logger = self.logger_before
 
-# %% ../nbs/06g_progress.ipynb #c98bdc15
+# %% ../nbs/06g_progress.ipynb #ec07d8c4
 class Samples(Callback):
     "After each epoch, what the model writes after `prompt`; all of it in `texts`"
     order = 65  # after the epoch's line
@@ -155,7 +154,7 @@ class Samples(Callback):
                  for epoch,text in self.texts]
         return '\n'.join(parts)
 
-# %% ../nbs/06g_progress.ipynb #60c0a486
+# %% ../nbs/06g_progress.ipynb #0044ad99
 def run_picture(
     learn # A `Learner` after a fit
 ) -> bytes: # None if no epoch was finished
