@@ -96,8 +96,6 @@ def test_generate_writes_what_the_model_says(bin, trained):
     a,b = (run(bin, 'rnnlm-generate', *args) for _ in range(2))
     assert a.returncode == 0, a.stderr
     equal(a.stdout, b.stdout)
-    assert a.stdout.startswith('two thousand ')
-    equal(len(a.stdout.split()), 2+12)
     equal(a.stdout, f"two thousand{write(folder, 'two thousand', n=12, seed=3)}\n")
 
 def test_eval_says_what_score_says(bin, trained, tmp_path):
