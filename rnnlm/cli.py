@@ -10,9 +10,9 @@ __all__ = ['demo']
 from importlib import import_module
 from fastcore.script import call_parse, is_cli
 
-# %% ../nbs/06a_cli.ipynb #09f6708d
+# %% ../nbs/06a_cli.ipynb #987714b6
 def _run(module, work, options):
-    "Import the function `work`, and call it; Ctrl-C ends the command without a traceback"
+    "Import the function `work`, and call it; Ctrl-C leaves no traceback"
     try: return getattr(import_module(f'rnnlm.{module}'), work)(**options)
     except KeyboardInterrupt:
         if not is_cli(): raise
@@ -34,7 +34,7 @@ def demo(
     and go on counting"""
     return _run('comparison', 'compare', locals())
 
-# %% ../nbs/06a_cli.ipynb #2f1cb764
+# %% ../nbs/06a_cli.ipynb #e85356af
 @call_parse
 def train_command(
     path:str, # A text file, a folder of them, or human_numbers: what comes along

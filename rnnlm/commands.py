@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06f_commands.ipynb #a9e60cda
+# %% ../nbs/06f_commands.ipynb #8f003bbf
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,7 @@ from .sampling import check_seed
 from .score import score
 from .text import TokenStream
 
-# %% ../nbs/06f_commands.ipynb #32cb132d
+# %% ../nbs/06f_commands.ipynb #16043141
 def read_text(
     path, # A text file, a folder of them, or 'human_numbers'
     **kwargs # For `TokenStream.from_files`
@@ -35,7 +35,7 @@ def read_text(
         return TokenStream.from_files(Path(path).expanduser(), progress=False, **kwargs)
     return TokenStream.from_text(' . '.join(human_numbers()), progress=False, **kwargs)
 
-# %% ../nbs/06f_commands.ipynb #f51e718c
+# %% ../nbs/06f_commands.ipynb #33f34f9e
 @contextmanager
 def mistakes(
     outcome:str # What they had as a consequence
@@ -46,12 +46,12 @@ def mistakes(
         words = str(e).split('\n\t')[-1]  # fastai tells first in which callback it was
         raise CliError(f'{words}; {outcome}') from None
 
-# %% ../nbs/06f_commands.ipynb #292e7d4e
+# %% ../nbs/06f_commands.ipynb #fa840083
 def _target(save):
     "The folder for a model; the default is never one that is there already"
     if save is None and Path('model').exists():
-        raise ValueError("save must be given, as there is a folder named model already: "
-                         "save='model' replaces it")
+        raise ValueError("save must be given, as there is a folder named model "
+                         "already: save='model' replaces it")
     return check_target('model' if save is None else save, 'save')
 
 def _fit(guard, text, settings, callbacks):
@@ -61,6 +61,7 @@ def _fit(guard, text, settings, callbacks):
         if guard.n_steps: raise
         with mistakes('nothing was trained'): raise
 
+# %% ../nbs/06f_commands.ipynb #155d6a8d
 def train(
     path, # A text file, a folder of them, or 'human_numbers'
     save=None, # Folder for the model (default: model, if there is none yet)
@@ -92,12 +93,14 @@ def train(
         if prompt is not None: text.encode(prompt)
     print(f'{path}: {len(text):,} tokens, a vocab of {len(text.vocab)}')
     samples = Samples(text, prompt, seed=seed)
-    given = dict(preset=preset, minutes=minutes, n_epoch=epochs, bs=bs, sl=sl, seed=seed)
+    given = dict(preset=preset, minutes=minutes, n_epoch=epochs, bs=bs, sl=sl,
+                 seed=seed)
     settings = {k: v for k,v in given.items() if v is not None}
 
     def keep(learn):
         figures = settings | dict(text=str(path), prompt=samples.prompt)
-        files = {'samples.txt': samples.report().encode(), 'run.png': run_picture(learn)}
+        files = {'samples.txt': samples.report().encode(),
+                 'run.png': run_picture(learn)}
         files = {name: data for name,data in files.items() if data}
         return learn.save_pretrained(target, figures, files)
 
@@ -114,7 +117,7 @@ def train(
     print(f'{n_parameters(learn.model):,} parameters, saved: {folder}')
     return 0 if is_cli() else learn
 
-# %% ../nbs/06f_commands.ipynb #d03fd111
+# %% ../nbs/06f_commands.ipynb #9b064400
 def _load(folder, device):
     "The model of a folder, and its stream"
     model,stream = load_pretrained(folder, device)
@@ -147,7 +150,7 @@ def write(
     print()
     return 0 if is_cli() else text
 
-# %% ../nbs/06f_commands.ipynb #8694f190
+# %% ../nbs/06f_commands.ipynb #7a1d2784
 def evaluate(
     folder, # Of a model
     path, # A text file, a folder of them, or 'human_numbers'

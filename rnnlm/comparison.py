@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOOK', 'PROMPT', 'numbers_counter', 'rung_learner', 'count_on', 'compare']
 
-# %% ../nbs/06h_comparison.ipynb #52b547f2
+# %% ../nbs/06h_comparison.ipynb #c178c6da
 import math, shutil, time
 from pathlib import Path
 import pandas as pd, torch
@@ -30,7 +30,7 @@ from .progress import ProgressLine
 from .sampling import check_seed
 from .train import numbers_learner
 
-# %% ../nbs/06h_comparison.ipynb #36a72732
+# %% ../nbs/06h_comparison.ipynb #f1f111d8
 def numbers_counter(
     n_hidden:int=96, # Size of the hidden state
     seed:int=42 # Seed of the weights
@@ -49,7 +49,7 @@ def _three_models(bs, n_hidden, seed):
     return {'LMModel2': (two(LMModel2), 8, 1e-3), 'LMModel3': (two(LMModel3), 10, 3e-3),
             'RNNLM': (counter, 15, 1e-2)}
 
-# %% ../nbs/06h_comparison.ipynb #9061c272
+# %% ../nbs/06h_comparison.ipynb #662009ca
 # of each rung: epochs, maximal learning rate, and the accuracy in the book
 _RUNGS = {LMModel1: (4, 1e-3, .494), LMModel2: (4, 1e-3, .470),
           LMModel3: (10, 3e-3, .589), LMModel4: (15, 3e-3, .640),
@@ -79,7 +79,7 @@ def _seven_models(bs, n_hidden, seed):
     return {arch.__name__: (rung_learner(arch, bs, n_hidden, seed), n_epoch, lr)
             for arch,(n_epoch,lr,_) in _RUNGS.items()}
 
-# %% ../nbs/06h_comparison.ipynb #1def84b9
+# %% ../nbs/06h_comparison.ipynb #cca01b63
 def _train(
     name:str, # Of the model, for the report
     learn:Learner, # To fit
@@ -108,7 +108,7 @@ def _train(
            'accuracy': acc, 'seconds': seconds}
     return row,ended_by
 
-# %% ../nbs/06h_comparison.ipynb #24d10a27
+# %% ../nbs/06h_comparison.ipynb #348d2c2c
 def _verdict(rows):
     "The better model of the `rows` by accuracy, and a line on the perplexity"
     *_,second,best = sorted(rows, key=lambda row: row['accuracy'])
@@ -120,7 +120,7 @@ def _verdict(rows):
                  f"{second['perplexity']:.2f}), because it is surer of itself where it "
                  "is wrong.")
 
-# %% ../nbs/06h_comparison.ipynb #9ad36c21
+# %% ../nbs/06h_comparison.ipynb #a612e553
 PROMPT = 'one . two . three .'
 
 def count_on(
@@ -136,7 +136,7 @@ def count_on(
     n_right = next((i for i,(got,right) in enumerate(pairs) if got != right), n)
     return text,n_right
 
-# %% ../nbs/06h_comparison.ipynb #b3fd2f68
+# %% ../nbs/06h_comparison.ipynb #927e141a
 def _report(rows):
     "Print the rows as a table that fits the terminal, and return it"
     table = pd.DataFrame(rows)
@@ -174,7 +174,7 @@ def _go_on(learners, rows, seed):
     print(f'\nRNNLM counts on, {n_right} of {len(text.split())} tokens right:\n'
           f'{PROMPT} |{text}')
 
-# %% ../nbs/06h_comparison.ipynb #cc35a14b
+# %% ../nbs/06h_comparison.ipynb #6bf574b7
 def _check(epochs, n_hidden, lr, seed):
     "Raise `TypeError` or `ValueError` for options that can't work"
     if epochs is not None: check_int('epochs', epochs)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_pretrained', 'load_figures']
 
-# %% ../nbs/06d_folder.ipynb #d8502bfc
+# %% ../nbs/06d_folder.ipynb #00bfde8a
 import json, math
 import torch
 from fastai.learner import Learner
@@ -21,7 +21,7 @@ from .models import LMModel2, LMModel3
 from .new_text import TokenStream  # with encode
 from .state import StatefulLM
 
-# %% ../nbs/06d_folder.ipynb #907fe6f1
+# %% ../nbs/06d_folder.ipynb #3e463a31
 ARCHITECTURES = {o.__name__: o for o in (
     RNNLM, LMModel1, LMModel2, LMModel3, LMModel4, LMModel5, LMModel6, LMModel7)}
 
@@ -39,7 +39,7 @@ def _arguments(model):
     config = model.config  # of a rung of the ladder a plain dict
     return config if isinstance(config, dict) else config.to_dict()
 
-# %% ../nbs/06d_folder.ipynb #7690e83e
+# %% ../nbs/06d_folder.ipynb #fce159ab
 _WEIGHTS,_VOCAB,_FIGURES = 'model.safetensors','vocab.json','training.json'
 _MARKS = 'unk', 'bos', 'eos'  # tokens that stand for no text
 
@@ -83,7 +83,7 @@ def _plain(o):
     if isinstance(o, float) and not math.isfinite(o): return None
     return o
 
-# %% ../nbs/06d_folder.ipynb #b1f6d32d
+# %% ../nbs/06d_folder.ipynb #a9743d98
 def vocab_of(
     learn:Learner # With the `dls` of a stream, or with a vocab in them
 ) -> TokenStream: # None if there is no vocab
@@ -93,7 +93,7 @@ def vocab_of(
     vocab = getattr(learn.dls, 'vocab', None)
     return None if vocab is None else TokenStream([0], vocab).new_empty()
 
-# %% ../nbs/06d_folder.ipynb #48fe3ece
+# %% ../nbs/06d_folder.ipynb #8bfa38b1
 @patch
 def save_pretrained(self:StatefulLM|LMModel1|LMModel2,
     path, # Folder to write to; one that was saved before is replaced
@@ -133,7 +133,7 @@ def save_pretrained(self:Learner,
     model = _storable(self.model)
     return model.save_pretrained(path, vocab_of(self), figures, files)
 
-# %% ../nbs/06d_folder.ipynb #163d16c2
+# %% ../nbs/06d_folder.ipynb #4132d594
 def _check_sizes(folder, sizes, tensors):
     "Raise `ValueError` unless the `tensors` of a file are those of the model"
     def shape(tensors, name):
@@ -173,7 +173,7 @@ def _stream_from(data):
     for name in _MARKS: setattr(stream, name, facts[name])
     return stream.new_empty()
 
-# %% ../nbs/06d_folder.ipynb #4616f780
+# %% ../nbs/06d_folder.ipynb #f030930a
 def _read(folder, names):
     return read_folder(folder, 'rnnlm.Model', names)
 
@@ -209,7 +209,7 @@ def from_pretrained(cls:StatefulLM|LMModel1|LMModel2,
     path, # Folder that `save_pretrained` wrote
     device=None # Where to put the model; None: CPU
 ):
-    """The model of a folder; `load_pretrained` gives its vocab, too, and takes any class.
+    """The model of a folder; `load_pretrained` gives its vocab, too, for any class.
 
     Raises as that, and `TypeError` for a model of another class."""
     model,_ = load_pretrained(path, device)

@@ -5,29 +5,56 @@
 # %% auto #0
 __all__ = ['Diverged', 'FitGuard', 'guarded']
 
-# %% ../nbs/02f_guard.ipynb #96372fa9
+# %% ../nbs/02f_guard.ipynb #3b63522c
 import signal, threading
 from contextlib import contextmanager
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
-# %% ../nbs/02f_guard.ipynb #5b902fcb
+# %% ../nbs/02f_guard.ipynb #16054188
 class Diverged(FloatingPointError):
     "The loss was NaN or infinite; the model has its last good weights"
 
+# %% ../nbs/02f_guard.ipynb #6f629996
+class GoodWeights:
+    "The weights of a model, as they were when its loss was last a usual one"
+    def __init__(self,
+        model # Any model
+    ):
+        self.tensors = [*model.parameters(), *model.buffers()]
+        self.copies = [o.detach().clone() for o in self.tensors]
+        self.loss = self.mean = None  # with these weights; of the batches so far
+
+    @torch.no_grad()
+    def look(self,
+        loss:torch.Tensor # Of a batch, with the weights as they are; finite
+    ):
+        "Copy the weights, unless the loss is more than twice its running mean"
+        if self.mean is None: self.mean = loss
+        if loss <= 2*self.mean:
+            for copy,now in zip(self.copies, self.tensors): copy.copy_(now)
+            self.loss = loss
+        self.mean = self.mean.lerp(loss, .05)
+
+    @torch.no_grad()
+    def restore(self):
+        "Give the model its good weights back"
+        for copy,now in zip(self.copies, self.tensors): now.copy_(copy)
+
+    @property
+    def model_is_finite(self): return all(o.isfinite().all() for o in self.tensors)
+
+# %% ../nbs/02f_guard.ipynb #70440dbb
 class FitGuard(Callback):
     """Ends a fit when the loss of a batch is NaN or infinite, with the last good
     weights.
 
-    These are the weights with which the last loss was got that was at most twice the
-    running mean. Raises `Diverged` with the step. Within `guarded`, Ctrl-C ends the
-    fit, too, when the batch is done. Looks at the loss of each batch, for which a GPU
-    has to wait; leaves `lr_find` alone."""
+    Good are those with a loss of at most twice the running mean. Raises `Diverged` with
+    the step. Within `guarded`, Ctrl-C ends the fit, too, when the batch is done. A GPU
+    has to wait for the look at each loss; `lr_find` is left alone."""
     order = 100  # after what changes the loss, counts the batch or ends the fit
-    busy = False  # is a fit going on?
-    pressed = False  # was Ctrl-C pressed?
-    fitted = None  # the learner of the last fit
-    why = None  # what ends the fit
+    busy = pressed = False  # is a fit going on, was Ctrl-C pressed?
+    fitted = why = None  # the learner of the last fit, and what ends it
     n_steps = 0  # of the optimizer, in this fit
 
     def before_fit(self):
@@ -35,44 +62,33 @@ class FitGuard(Callback):
         if not self.run: return
         self.busy,self.fitted = True,self.learn
         self.n_steps = 0
-        self.mean_loss = self.good_loss = None
-        self.tensors = [*self.model.parameters(), *self.model.buffers()]
-        self.good = [o.detach().clone() for o in self.tensors]
+        self.good = GoodWeights(self.model)
 
-    @torch.no_grad()
     def after_loss(self):
         if not self.training: return
         loss = self.loss_grad.detach()  # with what a regularizer has added
         if not loss.isfinite(): self.go_back(f'the loss is {loss.item()}')
-        if self.mean_loss is None: self.mean_loss = loss
-        if loss <= 2*self.mean_loss:
-            for kept,now in zip(self.good, self.tensors): kept.copy_(now)
-            self.good_loss = loss
-        self.mean_loss = self.mean_loss.lerp(loss, .05)
+        self.good.look(loss)
 
     def after_batch(self):
         if self.training: self.n_steps += 1
         if self.pressed: self.end(KeyboardInterrupt(f'Stopped after {self.where()}'))
 
     def after_train(self):
-        if all(o.isfinite().all() for o in self.tensors): return
-        self.go_back('a weight is NaN or infinite')
+        if not self.good.model_is_finite: self.go_back('a weight is NaN or infinite')
 
-    @torch.no_grad()
     def go_back(self, what):
         "End the fit with the last good weights"
-        lr = self.opt.hypers[-1]['lr']
-        for now,kept in zip(self.tensors, self.good): now.copy_(kept)
+        self.good.restore()
         self.opt.zero_grad()
         self.opt.clear_state()
-        got = 'of the beginning'
-        if self.good_loss is not None: got = f'with a loss of {self.good_loss:.4g}'
+        loss,lr = self.good.loss,self.opt.hypers[-1]['lr']
+        got = 'of the beginning' if loss is None else f'with a loss of {loss:.4g}'
         self.end(Diverged(f'{what} after {self.where()}: training stopped, and the '
                           f'weights are the last good ones, {got}; a learning rate '
                           f'below {lr:.3g} or GradientClip may help'))
 
     def where(self):
-        "How far the fit has come"
         return (f'{self.n_steps:,} steps, in epoch {self.epoch+1}, batch {self.iter+1} '
                 f'of {self.n_iter}')
 
@@ -81,9 +97,7 @@ class FitGuard(Callback):
         self.why = why
         raise CancelFitException
 
-    def after_fit(self):
-        self.busy = False
-        self.good = self.tensors = None
+    def after_fit(self): self.busy,self.good = False,None
 
     def __call__(self, event_name):
         super().__call__(event_name)
@@ -91,7 +105,7 @@ class FitGuard(Callback):
         why,self.why = self.why,None
         raise why  # here, where fastai puts no words of its own before the error's
 
-# %% ../nbs/02f_guard.ipynb #210112ae
+# %% ../nbs/02f_guard.ipynb #b8641a64
 def _say(guard, why, save):
     "Tell why a fit ended, and save what was trained"
     print(f"\n{str(why) or 'Stopped in the middle of a batch'}")

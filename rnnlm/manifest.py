@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/07b_manifest.ipynb #4c0504cb
+# %% ../nbs/07b_manifest.ipynb #a0d5ca64
 import ctypes, hashlib, json, os, secrets, shutil, sys, tempfile
 from contextlib import suppress
 from pathlib import Path
 
-# %% ../nbs/07b_manifest.ipynb #87d7c9cf
+# %% ../nbs/07b_manifest.ipynb #edb19268
 CONFIG = 'config.json'  # the file that names the others
 
 def _owned(folder):
@@ -50,9 +50,10 @@ def check_target(
     foreign = {p.name for p in target.iterdir()}-_owned(target)
     if not foreign: return target
     raise ValueError(f"{name} must be a new folder, or one that was saved before, got "
-                     f"{str(path)!r}, which holds {min(foreign)!r}; nothing was written")
+                     f"{str(path)!r}, which holds {min(foreign)!r}; nothing was "
+                     "written")
 
-# %% ../nbs/07b_manifest.ipynb #fa6c01b8
+# %% ../nbs/07b_manifest.ipynb #92b4b332
 def _exchange(new, old):
     "Let two folders change places"
     if sys.platform == 'linux':
@@ -102,7 +103,7 @@ def write_folder(
             for p in made: p.rmdir()
     return path
 
-# %% ../nbs/07b_manifest.ipynb #43dafc43
+# %% ../nbs/07b_manifest.ipynb #d5b6558c
 def read_config(
     path, # A folder that `write_folder` wrote
     kind:str, # The format that it must have
@@ -131,6 +132,7 @@ def read_config(
         raise ValueError(f"{file} is damaged: it names no files; save it again")
     return raw,config
 
+# %% ../nbs/07b_manifest.ipynb #9cfe448d
 def _read_file(file, entry):
     "The bytes of a file, compared with its `entry` in the config"
     if not file.exists():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06g_progress.ipynb #eb6b030f
+# %% ../nbs/06g_progress.ipynb #aa8a5e57
 import io, math, shutil, sys, time
 from functools import partial
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from fastcore.basics import noop
 from .generate import generate
 from .plot import plot_run
 
-# %% ../nbs/06g_progress.ipynb #6702773e
+# %% ../nbs/06g_progress.ipynb #3f4ed455
 def as_clock(
     seconds:float # Any time
 ) -> str:
@@ -29,65 +29,15 @@ def perplexity_of(
     "e to the `loss`; infinity where that is too large for a float"
     return math.exp(loss) if loss < 700 else math.inf
 
-# %% ../nbs/06g_progress.ipynb #d1aaaee1
-class ProgressLine(Callback):
-    """Tells of a fit in lines: loss, perplexity, tokens a second and the time left.
-
-    On a terminal the last line renews itself. fastai's bar and table are silent."""
-    order = 55  # after the recorder, before fastai's bar
+# %% ../nbs/06g_progress.ipynb #373fef7a
+class Lines:
+    "Lines for a file or a terminal, the last of which may renew itself"
     def __init__(self,
         file=None # Where to write, `sys.stdout` if None
     ):
         self.file = sys.stdout if file is None else file
-        self.renews = self.file.isatty()
-
-    def before_fit(self):
-        if hasattr(self.learn, 'progress'): self.learn.progress.run = False
-        self.logger_before,self.learn.logger = self.learn.logger,noop
-        self.start = time.perf_counter()
-        self.n_tokens = 0
-        self.seconds = 0  # in training
-        self.drawn = self.start  # when a line was written last
+        self.is_terminal = self.file.isatty()
         self.width = 0  # of the line that is to be renewed
-        self.tenth = 0  # of the way
-
-    def before_train(self): self.last = time.perf_counter()
-
-    def after_batch(self):
-        if not self.training: return
-        now = time.perf_counter()
-        self.seconds += now-self.last
-        self.last = now
-        self.n_tokens += self.xb[0].numel()
-        if self.renews and now-self.drawn > .1:
-            self.drawn = now
-            self.renew(self.state_of_things(now))
-        tenth = int(10*self.pct_train)
-        if not self.renews and tenth > self.tenth and now-self.drawn > 5:
-            self.tenth = tenth
-            self.write(self.state_of_things(now))
-
-    def state_of_things(self, now):
-        loss = self.smooth_loss.item()
-        left = (now-self.start)*(1-self.pct_train)/self.pct_train
-        return (f'{self.pct_train:4.0%}, epoch {self.epoch+1}, '
-                f'{as_clock(max(left, 0))} left: loss {loss:.3f}, '
-                f'perplexity {perplexity_of(loss):.2f}, {self.speed()}')
-
-    def speed(self): return f'{self.n_tokens/max(self.seconds, 1e-9):,.0f} tokens/s'
-
-    def after_epoch(self):
-        if not self.recorder.values: return
-        names = self.recorder.metric_names[1:]
-        parts = [f"{name.replace('_', ' ')} {value:.3f}"
-                 for name,value in zip(names, self.recorder.values[-1])
-                 if isinstance(value, float)]
-        told = dict(zip(names, self.recorder.values[-1]))
-        loss = told.get('valid_loss')
-        if loss is None: loss = told['train_loss']
-        parts += [f'perplexity {perplexity_of(loss):.2f}', self.speed(),
-                  as_clock(time.perf_counter()-self.start)]
-        self.write(f"epoch {self.epoch+1}: {', '.join(parts)}")
 
     def renew(self, text):
         "Write a line over the last one, without wrapping"
@@ -104,15 +54,70 @@ class ProgressLine(Callback):
     def write(self, text):
         "Write a line that stays"
         self.clear()
-        self.drawn = time.perf_counter()
         print(text, file=self.file, flush=True)
+
+# %% ../nbs/06g_progress.ipynb #70b7d313
+class ProgressLine(Callback):
+    """Tells of a fit in lines: loss, perplexity, tokens a second and the time left.
+
+    On a terminal the last line renews itself. fastai's bar and table are silent."""
+    order = 55  # after the recorder, before fastai's bar
+    def __init__(self,
+        file=None # Where to write, `sys.stdout` if None
+    ):
+        self.lines = Lines(file)
+
+    def before_fit(self):
+        if hasattr(self.learn, 'progress'): self.learn.progress.run = False
+        self.logger_before,self.learn.logger = self.learn.logger,noop
+        self.start = time.perf_counter()
+        self.n_tokens = 0
+        self.seconds = 0  # in training
+        self.drawn = self.start  # when a line was written last
+        self.tenth = 0  # of the way
+
+    def before_train(self): self.last = time.perf_counter()
+
+    def after_batch(self):
+        if not self.training: return
+        now = time.perf_counter()
+        self.seconds += now-self.last
+        self.last = now
+        self.n_tokens += self.xb[0].numel()
+        if self.lines.is_terminal and now-self.drawn > .1:
+            self.drawn = now
+            self.lines.renew(self.state_of_things(now))
+        tenth = int(10*self.pct_train)
+        if tenth > self.tenth and now-self.drawn > 5 and not self.lines.is_terminal:
+            self.tenth,self.drawn = tenth,now
+            self.lines.write(self.state_of_things(now))
+
+    def state_of_things(self, now):
+        loss = self.smooth_loss.item()
+        left = (now-self.start)*(1-self.pct_train)/self.pct_train
+        return (f'{self.pct_train:4.0%}, epoch {self.epoch+1}, '
+                f'{as_clock(max(left, 0))} left: loss {loss:.3f}, '
+                f'perplexity {perplexity_of(loss):.2f}, {self.speed()}')
+
+    def speed(self): return f'{self.n_tokens/max(self.seconds, 1e-9):,.0f} tokens/s'
+
+    def after_epoch(self):
+        if not self.recorder.values: return
+        told = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))
+        parts = [f"{name.replace('_', ' ')} {value:.3f}"
+                 for name,value in told.items() if isinstance(value, float)]
+        loss = told.get('valid_loss') or told['train_loss']
+        if 'perplexity' not in told: parts += [f'perplexity {perplexity_of(loss):.3f}']
+        parts += [self.speed(), as_clock(time.perf_counter()-self.start)]
+        self.drawn = time.perf_counter()
+        self.lines.write(f"epoch {self.epoch+1}: {', '.join(parts)}")
 
     def after_fit(self):
         if not hasattr(self, 'logger_before'): return
-        self.clear()
+        self.lines.clear()
         self.learn.logger = self.logger_before
 
-# %% ../nbs/06g_progress.ipynb #50ff349c
+# %% ../nbs/06g_progress.ipynb #ec07d8c4
 class Samples(Callback):
     "After each epoch, what the model writes after `prompt`; all of it in `texts`"
     order = 65  # after the epoch's line
@@ -149,7 +154,7 @@ class Samples(Callback):
                  for epoch,text in self.texts]
         return '\n'.join(parts)
 
-# %% ../nbs/06g_progress.ipynb #cdc0edd4
+# %% ../nbs/06g_progress.ipynb #0044ad99
 def run_picture(
     learn # A `Learner` after a fit
 ) -> bytes: # None if no epoch was finished

@@ -1,5 +1,5 @@
-"""The model folder: what comes back from it, in another process, and what is said of one
-that is damaged or in the way."""
+"""The model folder: what comes back from it, in another process, and what is said of
+one that is damaged or in the way."""
 import json, os, pickle, signal, subprocess, sys
 from pathlib import Path
 import pytest, torch
