@@ -12,7 +12,10 @@ from rnnlm.ngrams import *
 from rnnlm.config import *
 from rnnlm.lm import *
 from rnnlm.models import *
+from rnnlm.ladder import *
 from rnnlm.adapters import *
+from rnnlm.sampling import *
+from rnnlm.generate import *
 from rnnlm.callback import *
 from rnnlm.bptt import *
 from rnnlm.horizon import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06f_commands.ipynb #2b7ee959
+# %% ../nbs/06f_commands.ipynb #02dc8e71
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -23,7 +23,7 @@ from .score import score
 from .stream import is_hugging_face
 from .text import TokenStream
 
-# %% ../nbs/06f_commands.ipynb #7d138812
+# %% ../nbs/06f_commands.ipynb #c1f8b1fb
 def read_text(
     path, # A text file, a folder of them, or 'human_numbers'
     **kwargs # For `TokenStream.from_files`
@@ -46,7 +46,7 @@ def read_like(
     return read_text(path, tokenizer=stream.tokenizer, vocab=[*stream.vocab],
                      unk=stream.unk)
 
-# %% ../nbs/06f_commands.ipynb #35728092
+# %% ../nbs/06f_commands.ipynb #a320c61b
 @contextmanager
 def mistakes(
     outcome:str # What they had as a consequence
@@ -64,7 +64,7 @@ def check_seed(
     if 0 <= seed < 2**32: return
     raise ValueError(f"seed must be from 0 to {2**32-1}, got {seed}")
 
-# %% ../nbs/06f_commands.ipynb #b5ce37ab
+# %% ../nbs/06f_commands.ipynb #2053f5d8
 def _target(save):
     "The folder for a model; the default is never one that is there already"
     if save is None and Path('model').exists():
@@ -128,7 +128,7 @@ def train(
     print(f'{n_parameters(learn.model):,} parameters, saved: {folder}')
     return 0 if is_cli() else learn
 
-# %% ../nbs/06f_commands.ipynb #1c7c5708
+# %% ../nbs/06f_commands.ipynb #1722b883
 def _load(folder, device):
     "The model of a folder, and its stream"
     model,stream = load_pretrained(folder, device)
@@ -161,7 +161,7 @@ def write(
     print()
     return 0 if is_cli() else text
 
-# %% ../nbs/06f_commands.ipynb #c7367b2f
+# %% ../nbs/06f_commands.ipynb #213a431a
 def evaluate(
     folder, # Of a model
     path, # A text file, a folder of them, or 'human_numbers'

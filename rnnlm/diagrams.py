@@ -50,7 +50,8 @@ def plot_loop(
 # %% ../nbs/05a_diagrams.ipynb #da000014
 def _answers_all(model, stream):
     "Does `model` answer after every token, or once, at the end of what it is given?"
-    x = stream.ids[None,:2].long().to(next(model.parameters()).device)
+    n = getattr(model, 'n_tokens', 2)  # `LMModel1` reads so many, and no others
+    x = stream.ids[None,:n].long().to(next(model.parameters()).device)
     with torch.no_grad():
         if not find_stateful(model): return model(x).ndim == 3
         with evaluating(model, 'plot_unrolled') as m:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'WEIGHTS', 'VOCAB', 'FIGURES', 'vocab_of', 'load_pretrained', 'load_figures']
 
-# %% ../nbs/06d_folder.ipynb #792d5ecc
+# %% ../nbs/06d_folder.ipynb #09c16e70
 import json, math
 import torch
 from fastai.learner import Learner
@@ -21,7 +21,7 @@ from .models import LMModel2, LMModel3
 from .new_text import TokenStream  # with encode
 from .state import StatefulLM
 
-# %% ../nbs/06d_folder.ipynb #4d3e1b9f
+# %% ../nbs/06d_folder.ipynb #d80e152e
 ARCHITECTURES = {o.__name__: o for o in (
     RNNLM, LMModel1, LMModel2, LMModel3, LMModel4, LMModel5, LMModel6, LMModel7)}
 
@@ -39,7 +39,7 @@ def _arguments(model):
     config = model.config  # of a rung of the ladder a plain dict
     return config if isinstance(config, dict) else config.to_dict()
 
-# %% ../nbs/06d_folder.ipynb #bc3492ee
+# %% ../nbs/06d_folder.ipynb #dca33550
 WEIGHTS,VOCAB,FIGURES = 'model.safetensors','vocab.json','training.json'
 
 def _weights(model):
@@ -81,7 +81,7 @@ def _plain(o):
     if isinstance(o, float) and not math.isfinite(o): return None
     return o
 
-# %% ../nbs/06d_folder.ipynb #b904489c
+# %% ../nbs/06d_folder.ipynb #a6ab854a
 @patch
 def save_pretrained(self:StatefulLM|LMModel1|LMModel2,
     path, # Folder to write to; one that was saved before is replaced
@@ -130,7 +130,7 @@ def vocab_of(
     vocab = getattr(learn.dls, 'vocab', None)
     return None if vocab is None else TokenStream([0], vocab).new_empty()
 
-# %% ../nbs/06d_folder.ipynb #52a89b95
+# %% ../nbs/06d_folder.ipynb #344bdeb9
 def _check_sizes(folder, sizes, tensors):
     "Raise `ValueError` unless the `tensors` of a file are those of the model"
     def shape(tensors, name):
@@ -169,7 +169,7 @@ def _stream_from(data):
     stream.tokenizer,stream.unk = facts['tokenizer'],facts['unk']
     return stream.new_empty()
 
-# %% ../nbs/06d_folder.ipynb #902fa92c
+# %% ../nbs/06d_folder.ipynb #9cfe5d70
 def _read(folder, names):
     return read_folder(folder, 'rnnlm.Model', names)
 

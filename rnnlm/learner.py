@@ -21,6 +21,7 @@ from .arguments import SameSteps, check_callbacks, check_dls, check_model
 from .arguments import fastai_opt, keeps_graph, token_loss
 from .callback import LengthLR, StateResetter
 from .core import find_stateful
+from .generate import predict_words
 from .machine import few_threads, n_parameters, room_for_graphs
 from .metrics import PredRows, TokenLoss, lm_loss, per_token
 from .optim import ForeachAdam, fused_adam
@@ -204,12 +205,10 @@ class RNNLearner(TokenLearner):
         threads = few_threads(self.model, self.one_thread_below)
         return ContextManagers([threads, room_for_graphs(self.model)])
 
-    def predict(self, *args, **kwargs):
-        "Raises `NotImplementedError`: fastai's is for samples that stand alone"
-        raise NotImplementedError(
-            "predict is for samples that stand alone; a text goes on: continue_text("
-            "learn.model, learn.dls.vocab, 'a prompt') writes its continuation, "
-            "learn.get_preds(dl=learn.dls.test_dl(stream)) gives the scores of a text")
+    def predict(self, text, n_words=1, no_unk=True, temperature=1., min_p=None,
+                no_bar=False, decoder=None, only_last_word=False):
+        "As fastai's `LMLearner`: `text` and `n_words` tokens more; see `generate`"
+        return predict_words(self, text, n_words, no_unk, temperature, min_p, decoder)
 
     def _backward(self):
         try: super()._backward()

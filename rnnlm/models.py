@@ -27,6 +27,7 @@ class LMModel2(nn.Module):
         super().__init__()
         vocab_sz = check_vocab_sz(vocab_sz)
         n_hidden = check_int('n_hidden', n_hidden)
+        self.config = dict(vocab_sz=vocab_sz, n_hidden=n_hidden)  # to build it again
         self.i_h = nn.Embedding(vocab_sz, n_hidden)  # input to hidden
         self.h_h = nn.Linear(n_hidden, n_hidden)     # hidden to hidden
         self.h_o = nn.Linear(n_hidden, vocab_sz)     # hidden to output
@@ -58,12 +59,17 @@ class LMModel3(StatefulLM, LMModel2):
     Takes batches in which each row reads on, those of `StreamDL` or `group_chunks`;
     `reset()` forgets. A batch of another size than the state's raises `ValueError`.
     Source: Howard & Gugger 2020, chapter 12."""
-    def read(self, x, state, begins=None):
-        "Logits (bs, vocab_sz) of the token after `x` (bs, sl), and the state then"
+    def start(self, x, state):
+        "The hidden state from which to read `x`: `state`, or 0 where it is None"
         check_x(x, self.vocab_sz)
         size = x.shape[0],self.h_h.in_features
         h = self.h_h.weight.new_zeros(size) if state is None else state
         if getattr(h, 'shape', None) != size: _refuse_state(self, h, size)
+        return h
+
+    def read(self, x, state, begins=None):
+        "Logits (bs, vocab_sz) of the token after `x` (bs, sl), and the state then"
+        h = self.start(x, state)
         for i in range(x.shape[1]):
             if begins is not None: h = forget(h, begins[:,i])
             h = F.relu(self.h_h(h + self.i_h(x[:,i])))  # (bs, n_hidden)

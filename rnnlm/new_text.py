@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from fastcore.basics import patch
 from .encode import FixedIds, prepare_tokenizer
-from .stream import TokenStream, special_of
+from .stream import TokenStream, hf_tokenizer, special_of
 from .words import find_known_words
 
 # %% ../nbs/00b_new_text.ipynb #d51d1fe1
@@ -75,3 +75,21 @@ def encode(self:TokenStream,
                          "stream's vocab, and that has no unk for it: make the stream "
                          "with min_freq=2 or max_vocab, or leave the token out")
     return torch.tensor([ids_of[o] for o in tokens], dtype=torch.int64)
+
+# %% ../nbs/00b_new_text.ipynb #unknowncd
+def unknown_tokens(
+    stream, # A `TokenStream`
+    text:str, # A text
+    tokenizer:str|Callable=None # What cuts it; None: the stream's own
+) -> list: # In order of first appearance
+    "The parts of `text` for which the stream's vocab has no token"
+    tok = prepare_tokenizer(stream.tokenizer if tokenizer is None else tokenizer)
+    tokens = _tokenize(stream, text, tok) if text else []
+    if tok.vocab is None:
+        ids_of = _ids_of_vocab(stream)
+        return [*dict.fromkeys(o for o in tokens if o not in ids_of)]
+    if tok.unk not in tok.vocab: return []  # its vocab has all characters, or bytes
+    unk = tok.vocab.index(tok.unk)
+    found = hf_tokenizer(tok.stored).encode(text, add_special_tokens=False)
+    spans = [span for i,span in zip(found.ids, found.offsets) if i == unk]
+    return [*dict.fromkeys(text[start:end] for start,end in spans)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06g_progress.ipynb #aecf4a4b
+# %% ../nbs/06g_progress.ipynb #9d64655d
 import io, math, shutil, sys, time
 from functools import partial
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from fastcore.basics import noop
 from .generate import generate
 from .plot import plot_run
 
-# %% ../nbs/06g_progress.ipynb #90dd33e2
+# %% ../nbs/06g_progress.ipynb #47cdcae4
 def as_clock(
     seconds:float # Any time
 ) -> str:
@@ -29,12 +29,12 @@ def perplexity_of(
     "e to the `loss`; infinity where that is too large for a float"
     return math.exp(loss) if loss < 700 else math.inf
 
-# %% ../nbs/06g_progress.ipynb #c1c408eb
+# %% ../nbs/06g_progress.ipynb #dd45d1e1
 class ProgressLine(Callback):
     """Tells of a fit in lines: loss, perplexity, tokens a second and the time left.
 
     On a terminal the last line renews itself. fastai's bar and table are silent."""
-    order = 60  # as fastai's bar: after the recorder
+    order = 55  # after the recorder, before fastai's bar
     def __init__(self,
         file=None # Where to write, `sys.stdout` if None
     ):
@@ -47,7 +47,7 @@ class ProgressLine(Callback):
         self.start = time.perf_counter()
         self.n_tokens = 0
         self.seconds = 0  # in training
-        self.drawn = 0  # when a line was drawn last
+        self.drawn = self.start  # when a line was written last
         self.width = 0  # of the line that is to be renewed
         self.tenth = 0  # of the way
 
@@ -62,8 +62,9 @@ class ProgressLine(Callback):
         if self.renews and now-self.drawn > .1:
             self.drawn = now
             self.renew(self.state_of_things(now))
-        if not self.renews and int(10*self.pct_train) > self.tenth:
-            self.tenth = int(10*self.pct_train)
+        tenth = int(10*self.pct_train)
+        if not self.renews and tenth > self.tenth and now-self.drawn > 5:
+            self.tenth = tenth
             self.write(self.state_of_things(now))
 
     def state_of_things(self, now):
@@ -103,6 +104,7 @@ class ProgressLine(Callback):
     def write(self, text):
         "Write a line that stays"
         self.clear()
+        self.drawn = time.perf_counter()
         print(text, file=self.file, flush=True)
 
     def after_fit(self):
@@ -110,7 +112,7 @@ class ProgressLine(Callback):
         self.clear()
         self.learn.logger = self.logger_before
 
-# %% ../nbs/06g_progress.ipynb #8ed46a38
+# %% ../nbs/06g_progress.ipynb #cf063b00
 class Samples(Callback):
     "After each epoch, what the model writes after `prompt`; all of it in `texts`"
     order = 65  # after the epoch's line
@@ -147,7 +149,7 @@ class Samples(Callback):
                  for epoch,text in self.texts]
         return '\n'.join(parts)
 
-# %% ../nbs/06g_progress.ipynb #22f29116
+# %% ../nbs/06g_progress.ipynb #d3fc6c7f
 def run_picture(
     learn # A `Learner` after a fit
 ) -> bytes: # None if no epoch was finished

@@ -99,14 +99,16 @@ def commit(
     sep:str, # What `decode` puts between tokens
     tokenizer:str=None, # As `TokenStream` has it: a name, or JSON
     docs:np.ndarray=None, # Positions at which documents begin
-    unk:str=None # The token for unknown ones
+    unk:str=None, # The token for unknown ones
+    bos:str=None, # The token before each document
+    eos:str=None # The token after each document
 ):
     "Write a stream into `folder`; an old one is in place until the header is replaced"
     ids = _write(folder, 'ids', chunks, ids_dtype(len(vocab)))
     if docs is not None:
         docs = _write(folder, 'docs', [docs] if len(docs) else [], np.dtype('<i8'))
     header = dict(format=_FORMAT, version=_VERSION, ids=ids, docs=docs, sep=sep,
-                  tokenizer=tokenizer, unk=unk, vocab=[*vocab])
+                  tokenizer=tokenizer, unk=unk, bos=bos, eos=eos, vocab=[*vocab])
     text = json.dumps(header, indent=1, ensure_ascii=False)
     tmp = folder/'stream.tmp'
     with tmp.open('wb') as f:
@@ -133,7 +135,7 @@ def save(self:TokenStream,
     with writing(path) as folder:
         chunks = (self.ids[i:i+CHUNK].numpy() for i in range(0, len(self), CHUNK))
         commit(folder, chunks, self.vocab, self.sep, self.tokenizer, self.docs,
-               self.unk)
+               self.unk, self.bos, self.eos)
     return Path(path)
 
 # %% ../nbs/00c_store.ipynb #3501c6de
@@ -228,9 +230,10 @@ def open(cls:TokenStream,
                              f"to {top}: they do not belong together")
     res = object.__new__(cls)
     maps = tuple(o for o in (ids_map, docs_map) if o is not None)
-    unk = header.get('unk')  # not in the headers of the first streams
+    # not in the headers of the first streams
+    marks = {o: header.get(o) for o in ('unk', 'bos', 'eos')}
     res.__dict__.update(ids=torch.from_numpy(ids), vocab=vocab, sep=sep, docs=docs,
-                        tokenizer=tokenizer, unk=unk, _maps=maps, _sha256=sha256,
+                        tokenizer=tokenizer, **marks, _maps=maps, _sha256=sha256,
                         _of_vocab={})
     return res
 

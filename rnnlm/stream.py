@@ -47,7 +47,9 @@ def is_hugging_face(
     return bool(tokenizer) and tokenizer[0] == '{' and not tokenizer.startswith(FASTAI)
 
 @lru_cache(maxsize=4)
-def _hf_tokenizer(js):
+def hf_tokenizer(
+    js:str # A stream's `tokenizer`
+):
     "The Hugging Face tokenizer of which `js` is the JSON"
     try: from tokenizers import Tokenizer
     except ImportError:
@@ -67,7 +69,7 @@ def special_of(
 def _decode(stream, ids):
     "The text of a list of ids, as the stream's tokenizer writes it"
     if is_hugging_face(stream.tokenizer):
-        return _hf_tokenizer(stream.tokenizer).decode(ids, skip_special_tokens=False)
+        return hf_tokenizer(stream.tokenizer).decode(ids, skip_special_tokens=False)
     tokens = (stream.vocab[i] for i in ids)
     if stream.tokenizer == 'words': return join_words(tokens, special_of(stream))
     return stream.sep.join(tokens)
@@ -79,9 +81,10 @@ class TokenStream:
     `ids` has shape (tokens,) and is int64 in memory, but uint8, uint16 or int32 when
     opened from disk: use `.long()` on slices. `docs` is a sorted int64 array or None.
     `tokenizer` is 'words', 'chars', the JSON of one of Hugging Face or fastai, or None
-    (not known); `unk` the token that stands for unknown ones, None if there is none."""
+    (not known); `unk` the token that stands for unknown ones, `bos` and `eos` those
+    before and after each document, None if there is none."""
     tokenizer = None
-    unk = None
+    unk = bos = eos = None
     _maps = ()  # memory maps, if opened from disk
     _sha256 = None  # the checksum of `ids`, once it is known
 

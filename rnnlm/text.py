@@ -159,9 +159,10 @@ def from_docs(cls:TokenStream,
             ids = np.concatenate([*draft.chunks(table)], dtype=np.int64)
             stream = cls(torch.from_numpy(ids), vocab, tok.sep, starts)
             stream.tokenizer,stream.unk = tok.stored,unk
+            stream.bos,stream.eos = bos,eos
             return stream
         chunks = draft.chunks(table.astype(ids_dtype(len(vocab))))
-        commit(folder, chunks, vocab, tok.sep, tok.stored, starts, unk)
+        commit(folder, chunks, vocab, tok.sep, tok.stored, starts, unk, bos, eos)
     return cls.open(path)
 
 # %% ../nbs/00b_text.ipynb #28d856c5

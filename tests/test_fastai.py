@@ -55,9 +55,9 @@ def weights(learn):
 
 # methods
 
-def test_predict_says_what_to_call(tmp_path):
-    with pytest.raises(NotImplementedError, match='continue_text.*test_dl'):
-        ours(tmp_path).predict('one two')
+def test_predict_goes_on_with_a_text(tmp_path):
+    text = ours(tmp_path).predict('one two', n_words=3)
+    assert text.startswith('one two ') and len(text.split()) == 5
 
 def test_summary_leaves_no_state(make):
     learn = make()

@@ -75,7 +75,8 @@ PUBLIC = {
     'models': 'LMModel2 LMModel3 RNNLM',
     'callback': 'StateResetter',
     'bptt': 'TBPTT BPT3C grad_horizon truncation_bias',
-    'train': 'rnn_learner numbers_learner continue_text',
+    'train': 'rnn_learner numbers_learner',
+    'generate': 'generate generate_iter',
     'learner': 'rnn_learner lm_loss',
     'plot': 'plot_loop plot_unrolled plot_windows plot_chunks animate_chunks '
             'plot_state color_text sort_units plot_loss_text plot_horizon plot_run',

@@ -457,7 +457,7 @@ def test_saves_and_opens_after_any_import(module, tmp_path):
 def test_decoding_without_tokenizers(bpe, monkeypatch):
     stream = TokenStream.from_docs(texts(3), bpe, progress=False)
     monkeypatch.setitem(sys.modules, 'tokenizers', None)
-    rnnlm.stream._hf_tokenizer.cache_clear()
+    rnnlm.stream.hf_tokenizer.cache_clear()
     with pytest.raises(ImportError, match='pip install tokenizers'): stream.decode()
     assert stream.decode(sep='')
 
