@@ -468,6 +468,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'rnnlm.mingru._Scan.backward': ('mingru.html#_scan.backward', 'rnnlm/mingru.py'),
                               'rnnlm.mingru._Scan.forward': ('mingru.html#_scan.forward', 'rnnlm/mingru.py'),
                               'rnnlm.mingru._in_blocks': ('mingru.html#_in_blocks', 'rnnlm/mingru.py'),
+                              'rnnlm.mingru._is_wide': ('mingru.html#_is_wide', 'rnnlm/mingru.py'),
                               'rnnlm.mingru._loop': ('mingru.html#_loop', 'rnnlm/mingru.py'),
                               'rnnlm.mingru.log_scan': ('mingru.html#log_scan', 'rnnlm/mingru.py')},
             'rnnlm.models': { 'rnnlm.models.LMModel2': ('models.html#lmmodel2', 'rnnlm/models.py'),

@@ -106,7 +106,7 @@ class RNNLMConfig:
             if isinstance(getattr(self, name), bool): continue
             raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.norm not in (None, *_NORMS):
-            raise ValueError(f"norm must be {_any_of(_NORMS)} or None, got "
+            raise ValueError(f"norm must be {_any_of([*_NORMS, None])}, got "
                              f"{self.norm!r}")
 
     @property
