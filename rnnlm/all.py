@@ -24,13 +24,15 @@ from rnnlm.optim import *
 from rnnlm.muon import *
 from rnnlm.machine import *
 from rnnlm.outputs import *
+from rnnlm.guard import *
 from rnnlm.learner import *
+from rnnlm.folder import *
 from rnnlm.clock import *
 from rnnlm.train import *
 from rnnlm.presets import *
-from rnnlm.cli import *
 from rnnlm.diagrams import *
 from rnnlm.chunks import *
 from rnnlm.reading import *
 from rnnlm.shading import *
 from rnnlm.plot import *
+from rnnlm.cli import *

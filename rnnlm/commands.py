@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06f_commands.ipynb #02dc8e71
+# %% ../nbs/06f_commands.ipynb #a9e60cda
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
 from fastcore.script import CliError, is_cli
+from .core import check_int
 from .data import human_numbers
 from .dynamic import DynamicEval
 from .folder import load_figures, load_pretrained
@@ -19,11 +21,11 @@ from .machine import n_parameters
 from .manifest import check_target
 from .presets import train_lm
 from .progress import ProgressLine, Samples, run_picture
+from .sampling import check_seed
 from .score import score
-from .stream import is_hugging_face
 from .text import TokenStream
 
-# %% ../nbs/06f_commands.ipynb #c1f8b1fb
+# %% ../nbs/06f_commands.ipynb #32cb132d
 def read_text(
     path, # A text file, a folder of them, or 'human_numbers'
     **kwargs # For `TokenStream.from_files`
@@ -33,20 +35,7 @@ def read_text(
         return TokenStream.from_files(Path(path).expanduser(), progress=False, **kwargs)
     return TokenStream.from_text(' . '.join(human_numbers()), progress=False, **kwargs)
 
-def read_like(
-    path, # As in `read_text`
-    stream:TokenStream # Perhaps empty: that of a model
-) -> TokenStream:
-    "The text, encoded as that of a model"
-    if stream.tokenizer is None:
-        raise ValueError("the model's folder does not know its tokenizer, so no text can "
-                         "be encoded for it: train it with 'words' or 'chars'")
-    if is_hugging_face(stream.tokenizer):
-        return read_text(path, tokenizer=stream.tokenizer)
-    return read_text(path, tokenizer=stream.tokenizer, vocab=[*stream.vocab],
-                     unk=stream.unk)
-
-# %% ../nbs/06f_commands.ipynb #a320c61b
+# %% ../nbs/06f_commands.ipynb #f51e718c
 @contextmanager
 def mistakes(
     outcome:str # What they had as a consequence
@@ -57,14 +46,7 @@ def mistakes(
         words = str(e).split('\n\t')[-1]  # fastai tells first in which callback it was
         raise CliError(f'{words}; {outcome}') from None
 
-def check_seed(
-    seed # The value to check
-):
-    "Raise `ValueError` unless all generators of random numbers take it"
-    if 0 <= seed < 2**32: return
-    raise ValueError(f"seed must be from 0 to {2**32-1}, got {seed}")
-
-# %% ../nbs/06f_commands.ipynb #2053f5d8
+# %% ../nbs/06f_commands.ipynb #292e7d4e
 def _target(save):
     "The folder for a model; the default is never one that is there already"
     if save is None and Path('model').exists():
@@ -82,7 +64,7 @@ def _fit(guard, text, settings, callbacks):
 def train(
     path, # A text file, a folder of them, or 'human_numbers'
     save=None, # Folder for the model (default: model, if there is none yet)
-    preset:str=None, # Of `PRESETS` (default: that of `train_lm`)
+    preset:str=None, # Of `PRESETS` (default: numbers, words or chars-fast)
     minutes:float=None, # Time to train
     epochs:int=None, # How often to read the text, instead of minutes
     tokenizer:str=None, # 'words' or 'chars' (default: chars, for human_numbers words)
@@ -99,9 +81,13 @@ def train(
     is_numbers = str(path) == 'human_numbers'
     if tokenizer is None: tokenizer = 'words' if is_numbers else 'chars'
     if prompt is None and is_numbers: prompt = 'one . two . three .'
+    if preset is None and is_numbers: preset = 'numbers'
+    if preset is None: preset = 'words' if tokenizer == 'words' else 'chars-fast'
     with mistakes('nothing was trained'):
         target = _target(save)
         check_seed(seed)
+        for name,size in dict(bs=bs, sl=sl).items():
+            if size is not None: check_int(name, size)
         text = read_text(path, tokenizer=tokenizer)
         if prompt is not None: text.encode(prompt)
     print(f'{path}: {len(text):,} tokens, a vocab of {len(text.vocab)}')
@@ -128,7 +114,7 @@ def train(
     print(f'{n_parameters(learn.model):,} parameters, saved: {folder}')
     return 0 if is_cli() else learn
 
-# %% ../nbs/06f_commands.ipynb #1722b883
+# %% ../nbs/06f_commands.ipynb #d03fd111
 def _load(folder, device):
     "The model of a folder, and its stream"
     model,stream = load_pretrained(folder, device)
@@ -149,19 +135,19 @@ def write(
     "Print the prompt, and what the model goes on with, as it comes"
     with mistakes('nothing was written'):
         model,stream = _load(folder, device)
-        if seed is not None: check_seed(seed)
+        check_seed(seed)
         if prompt is None: prompt = load_figures(folder).get('prompt') or ''
         pieces = generate_iter(model, stream, prompt, max_new_tokens=n, seed=seed,
                                temperature=temperature, top_k=top_k, top_p=top_p)
         text = ''
         for piece in pieces:
-            if not text: print(prompt, end=' | ')
+            if not text: print(prompt, end='')
             print(piece, end='', flush=True)
             text += piece
     print()
     return 0 if is_cli() else text
 
-# %% ../nbs/06f_commands.ipynb #213a431a
+# %% ../nbs/06f_commands.ipynb #8694f190
 def evaluate(
     folder, # Of a model
     path, # A text file, a folder of them, or 'human_numbers'
@@ -172,13 +158,16 @@ def evaluate(
     "Print how well the model predicts the text"
     with mistakes('nothing was measured'):
         model,stream = _load(folder, device)
-        text = read_like(path, stream)
+        text = read_text(path, tokenizer='chars').decode()  # as it stands in the files
         dynamic = None if dynamic is None else DynamicEval(dynamic)
-        scores = score(model, text, bs=bs, dynamic=dynamic)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always', UserWarning)
+            scores = score(model, text, stream, bs=bs, dynamic=dynamic)
         rows = {'tokens that count': f'{scores.n:,}',
                 'nats a token': f'{scores.nats:.4f} ± {scores.stderr:.4f}',
                 'perplexity': f'{scores.perplexity:.3f}',
                 'bits a character': f'{scores.bits_per_char:.4f}',
                 'bits a byte': f'{scores.bits_per_byte:.4f}'}
+    for warning in said: print(warning.message)
     for name,value in rows.items(): print(f'{name:<18} {value}')
     return 0 if is_cli() else scores

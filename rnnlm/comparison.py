@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOOK', 'PROMPT', 'numbers_counter', 'rung_learner', 'count_on', 'compare']
 
-# %% ../nbs/06h_comparison.ipynb #7f5bdb74
+# %% ../nbs/06h_comparison.ipynb #52b547f2
 import math, shutil, time
 from pathlib import Path
 import pandas as pd, torch
@@ -15,7 +15,7 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastcore.script import CliError, is_cli
-from .commands import check_seed, mistakes
+from .commands import mistakes
 from .core import check_int
 from .data import human_numbers_stream, most_common
 from .folder import vocab_of
@@ -27,9 +27,10 @@ from .lm import RNNLM
 from .manifest import check_writable
 from .models import LMModel2, LMModel3
 from .progress import ProgressLine
+from .sampling import check_seed
 from .train import numbers_learner
 
-# %% ../nbs/06h_comparison.ipynb #038d7f03
+# %% ../nbs/06h_comparison.ipynb #36a72732
 def numbers_counter(
     n_hidden:int=96, # Size of the hidden state
     seed:int=42 # Seed of the weights
@@ -48,7 +49,7 @@ def _three_models(bs, n_hidden, seed):
     return {'LMModel2': (two(LMModel2), 8, 1e-3), 'LMModel3': (two(LMModel3), 10, 3e-3),
             'RNNLM': (counter, 15, 1e-2)}
 
-# %% ../nbs/06h_comparison.ipynb #8aa647cf
+# %% ../nbs/06h_comparison.ipynb #9061c272
 # of each rung: epochs, maximal learning rate, and the accuracy in the book
 _RUNGS = {LMModel1: (4, 1e-3, .494), LMModel2: (4, 1e-3, .470),
           LMModel3: (10, 3e-3, .589), LMModel4: (15, 3e-3, .640),
@@ -78,7 +79,7 @@ def _seven_models(bs, n_hidden, seed):
     return {arch.__name__: (rung_learner(arch, bs, n_hidden, seed), n_epoch, lr)
             for arch,(n_epoch,lr,_) in _RUNGS.items()}
 
-# %% ../nbs/06h_comparison.ipynb #5475a350
+# %% ../nbs/06h_comparison.ipynb #1def84b9
 def _train(
     name:str, # Of the model, for the report
     learn:Learner, # To fit
@@ -107,7 +108,7 @@ def _train(
            'accuracy': acc, 'seconds': seconds}
     return row,ended_by
 
-# %% ../nbs/06h_comparison.ipynb #00ceb705
+# %% ../nbs/06h_comparison.ipynb #24d10a27
 def _verdict(rows):
     "The better model of the `rows` by accuracy, and a line on the perplexity"
     *_,second,best = sorted(rows, key=lambda row: row['accuracy'])
@@ -119,7 +120,7 @@ def _verdict(rows):
                  f"{second['perplexity']:.2f}), because it is surer of itself where it "
                  "is wrong.")
 
-# %% ../nbs/06h_comparison.ipynb #70b989fd
+# %% ../nbs/06h_comparison.ipynb #9ad36c21
 PROMPT = 'one . two . three .'
 
 def count_on(
@@ -133,9 +134,9 @@ def count_on(
     want = [stream.vocab[i] for i in stream.ids[start:start+n].tolist()]
     pairs = zip(text.split(), want)
     n_right = next((i for i,(got,right) in enumerate(pairs) if got != right), n)
-    return text.strip(),n_right
+    return text,n_right
 
-# %% ../nbs/06h_comparison.ipynb #3bcc1aba
+# %% ../nbs/06h_comparison.ipynb #b3fd2f68
 def _report(rows):
     "Print the rows as a table that fits the terminal, and return it"
     table = pd.DataFrame(rows)
@@ -167,13 +168,13 @@ def _go_on(learners, rows, seed):
     token,share = most_common(torch.cat([y for _,y in learn.dls.valid]), stream.vocab)
     print(f'Accuracy of always saying the most common token, {token!r}: {share:.3f}')
     text = generate(learn.model, stream, PROMPT, max_new_tokens=20, seed=seed)
-    print(f'\n{best} goes on:\n{PROMPT} | {text.strip()}')
+    print(f'\n{best} goes on:\n{PROMPT} |{text}')
     if 'RNNLM' not in rows: return
     text,n_right = count_on(learners['RNNLM'])
     print(f'\nRNNLM counts on, {n_right} of {len(text.split())} tokens right:\n'
-          f'{PROMPT} | {text}')
+          f'{PROMPT} |{text}')
 
-# %% ../nbs/06h_comparison.ipynb #2e725863
+# %% ../nbs/06h_comparison.ipynb #cc35a14b
 def _check(epochs, n_hidden, lr, seed):
     "Raise `TypeError` or `ValueError` for options that can't work"
     if epochs is not None: check_int('epochs', epochs)

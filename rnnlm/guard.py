@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Diverged', 'FitGuard', 'guarded']
 
-# %% ../nbs/02f_guard.ipynb #e37c9f8a
+# %% ../nbs/02f_guard.ipynb #96372fa9
 import signal, threading
 from contextlib import contextmanager
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
-# %% ../nbs/02f_guard.ipynb #80fb301a
+# %% ../nbs/02f_guard.ipynb #5b902fcb
 class Diverged(FloatingPointError):
     "The loss was NaN or infinite; the model has its last good weights"
 
@@ -91,7 +91,7 @@ class FitGuard(Callback):
         why,self.why = self.why,None
         raise why  # here, where fastai puts no words of its own before the error's
 
-# %% ../nbs/02f_guard.ipynb #dab9d309
+# %% ../nbs/02f_guard.ipynb #210112ae
 def _say(guard, why, save):
     "Tell why a fit ended, and save what was trained"
     print(f"\n{str(why) or 'Stopped in the middle of a batch'}")

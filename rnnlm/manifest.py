@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/07b_manifest.ipynb #87857ab3
+# %% ../nbs/07b_manifest.ipynb #4c0504cb
 import ctypes, hashlib, json, os, secrets, shutil, sys, tempfile
 from contextlib import suppress
 from pathlib import Path
 
-# %% ../nbs/07b_manifest.ipynb #eb95bbbc
+# %% ../nbs/07b_manifest.ipynb #87d7c9cf
 CONFIG = 'config.json'  # the file that names the others
 
 def _owned(folder):
@@ -52,7 +52,7 @@ def check_target(
     raise ValueError(f"{name} must be a new folder, or one that was saved before, got "
                      f"{str(path)!r}, which holds {min(foreign)!r}; nothing was written")
 
-# %% ../nbs/07b_manifest.ipynb #166fafd7
+# %% ../nbs/07b_manifest.ipynb #fa6c01b8
 def _exchange(new, old):
     "Let two folders change places"
     if sys.platform == 'linux':
@@ -102,7 +102,7 @@ def write_folder(
             for p in made: p.rmdir()
     return path
 
-# %% ../nbs/07b_manifest.ipynb #1a7d35bb
+# %% ../nbs/07b_manifest.ipynb #43dafc43
 def read_config(
     path, # A folder that `write_folder` wrote
     kind:str, # The format that it must have

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06g_progress.ipynb #9d64655d
+# %% ../nbs/06g_progress.ipynb #eb6b030f
 import io, math, shutil, sys, time
 from functools import partial
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from fastcore.basics import noop
 from .generate import generate
 from .plot import plot_run
 
-# %% ../nbs/06g_progress.ipynb #47cdcae4
+# %% ../nbs/06g_progress.ipynb #6702773e
 def as_clock(
     seconds:float # Any time
 ) -> str:
@@ -29,7 +29,7 @@ def perplexity_of(
     "e to the `loss`; infinity where that is too large for a float"
     return math.exp(loss) if loss < 700 else math.inf
 
-# %% ../nbs/06g_progress.ipynb #dd45d1e1
+# %% ../nbs/06g_progress.ipynb #d1aaaee1
 class ProgressLine(Callback):
     """Tells of a fit in lines: loss, perplexity, tokens a second and the time left.
 
@@ -112,7 +112,7 @@ class ProgressLine(Callback):
         self.clear()
         self.learn.logger = self.logger_before
 
-# %% ../nbs/06g_progress.ipynb #cf063b00
+# %% ../nbs/06g_progress.ipynb #50ff349c
 class Samples(Callback):
     "After each epoch, what the model writes after `prompt`; all of it in `texts`"
     order = 65  # after the epoch's line
@@ -126,7 +126,7 @@ class Samples(Callback):
     ):
         self.draw = partial(generate, stream=stream, max_new_tokens=n,
                             temperature=temperature, seed=seed)
-        self.prompt = prompt
+        self.prompt,self.bar = prompt,' |' if stream.sep == ' ' else '|'
         self.file = sys.stdout if file is None else file
         self.texts = []  # (epoch, the text) of each
 
@@ -139,17 +139,17 @@ class Samples(Callback):
     def after_epoch(self):
         text = self.draw(self.model, prompt=self.prompt)
         self.texts.append((self.epoch+1, text))
-        line = f'  {self.prompt} | {text}'.replace('\n', '⏎')
+        line = f'  {self.prompt}{self.bar}{text}'.replace('\n', '⏎')
         width = min(shutil.get_terminal_size().columns-1, 88)
         print(line[:width], file=self.file, flush=True)
 
     def report(self) -> str:
         "All samples, as they are kept beside the model"
-        parts = [f'after epoch {epoch}:\n{self.prompt} | {text}\n'
+        parts = [f'after epoch {epoch}:\n{self.prompt}{self.bar}{text}\n'
                  for epoch,text in self.texts]
         return '\n'.join(parts)
 
-# %% ../nbs/06g_progress.ipynb #d3fc6c7f
+# %% ../nbs/06g_progress.ipynb #cdc0edd4
 def run_picture(
     learn # A `Learner` after a fit
 ) -> bytes: # None if no epoch was finished

@@ -16,7 +16,7 @@ env.pop('COLUMNS', None)
 SCRIPT = '''import sys
 from rnnlm.cli import {0}
 sys.exit({0}())'''  # as pip writes it
-QUICK = '--preset human_numbers --epochs 1 --bs 64 --sl 16'.split()
+QUICK = '--preset numbers --epochs 1 --bs 64 --sl 16'.split()
 
 @pytest.fixture(scope='session')
 def bin(tmp_path_factory):
@@ -57,7 +57,7 @@ def test_output_that_is_no_terminal_has_lines_and_nothing_else(trained):
     equal(res.stderr, '')
     assert not re.search(r'[\r\x1b█]', res.stdout)
     line = next(o for o in res.stdout.splitlines() if o.startswith('epoch 1'))
-    assert re.search(r'perplexity \d+\.\d\d, [\d,]+ tokens/s, \d:\d\d$', line)
+    assert re.search(r'perplexity \d+\.\d{3}, [\d,]+ tokens/s, \d:\d\d$', line)
 
 def on_terminal(args, columns):
     "What a command writes on a terminal of so many columns"
@@ -95,9 +95,9 @@ def test_generate_writes_what_the_model_says(bin, trained):
     a,b = (run(bin, 'rnnlm-generate', *args) for _ in range(2))
     assert a.returncode == 0, a.stderr
     equal(a.stdout, b.stdout)
-    prompt,text = a.stdout.strip().split(' | ')
-    equal((prompt, len(text.split())), ('two thousand', 12))
-    equal(text.split(), write(folder, 'two thousand', n=12, seed=3).split())
+    assert a.stdout.startswith('two thousand ')
+    equal(len(a.stdout.split()), 2+12)
+    equal(a.stdout, f"two thousand{write(folder, 'two thousand', n=12, seed=3)}\n")
 
 def test_eval_says_what_score_says(bin, trained, tmp_path):
     folder,_ = trained
@@ -140,7 +140,7 @@ def test_help_needs_no_torch(bin):
 
 WRONG = [
     (dict(path='no/such'), 'no/such'),
-    (dict(seed=10**20), 'seed must be from 0 to 4294967295'),
+    (dict(seed=10**20), 'seed must be from 0'),
     (dict(save=''), "save must be a folder to write to, got ''"),
     (dict(save='/proc/x'), 'save must be a folder to write to'),
     (dict(save='.'), "which holds 'text.txt'"),
@@ -148,7 +148,7 @@ WRONG = [
     (dict(preset='none'), 'preset must be'),
     (dict(minutes=-1.), 'minutes must be above 0'),
     (dict(epochs=0), 'must be at least 1, got 0'),
-    (dict(bs=0), 'bs must be'),
+    (dict(bs=0), 'bs must be at least 1'),
     (dict(prompt='%'), "'%'")]
 
 @pytest.mark.parametrize('options,message', WRONG, ids=[str(o) for o,_ in WRONG])
@@ -179,10 +179,9 @@ def test_minutes_shorter_than_a_batch_are_named(tmp_path):
 
 def test_a_corpus_shorter_than_one_batch_is_told_the_sizes_that_work(tmp_path):
     (tmp_path/'short.txt').write_text('to be or not to be, that is the question')
-    with pytest.raises(CliError) as e:
-        train(tmp_path/'short.txt', tmp_path/'m', epochs=1, bs=64, sl=64)
-    sizes = {k: int(v) for k,v in re.findall(r'(bs|sl)=(\d+)', str(e.value))}
-    assert sizes, e.value
+    def try_sizes(bs, sl): train(tmp_path/'short.txt', tmp_path/'m', epochs=1, bs=bs, sl=sl)
+    with pytest.raises(CliError, match='write bs=4; nothing was trained'): try_sizes(64, 8)
+    try_sizes(4, 8)
 
 @pytest.mark.parametrize('options,message', [
     (dict(temperature=-1.), 'temperature'), (dict(top_p=0.), 'top_p'),
@@ -198,12 +197,12 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 def test_characters_that_the_model_never_met_are_named(trained, tmp_path):
     (tmp_path/'new.txt').write_text('one . twelfth')
-    with pytest.raises(CliError, match="'twelfth' is not in vocab"):
+    with pytest.raises(CliError, match="'twelfth'"):
         evaluate(trained[0], tmp_path/'new.txt')
 
 # how it ends
 
-LONG = '--preset human_numbers --epochs 500 --bs 64 --sl 16'.split()
+LONG = '--preset numbers --epochs 500 --bs 64 --sl 16'.split()
 
 def stopped_at(args, text, n=1):
     "Run, press Ctrl-C `n` times when it has printed `text`; its exit code and output"

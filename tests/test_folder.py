@@ -122,6 +122,13 @@ def test_no_file_of_a_folder_is_a_pickle(folder):
         with pytest.raises(Exception): pickle.loads(file.read_bytes())
         if file.suffix == '.json': json.loads(file.read_text())
 
+def test_the_tokens_of_begin_and_end_come_back(tmp_path):
+    text = TokenStream.from_docs(['a b', 'b'], bos='<s>', eos='</s>', min_freq=2,
+                                 progress=False)
+    RNNLM(len(text.vocab), 4).save_pretrained(tmp_path/'m', text)
+    again = load_pretrained(tmp_path/'m')[1]
+    equal((again.unk, again.bos, again.eos), ('<unk>', '<s>', '</s>'))
+
 def test_any_token_is_kept_as_it_is(tmp_path):
     odd = TokenStream([0, 1, 2], ['\n', 'é€😀', '\ud800'], '')
     RNNLM(3, 4).save_pretrained(tmp_path/'m', odd)
@@ -191,7 +198,8 @@ def test_weights_that_are_no_safetensors_are_named(folder):
 
 def test_a_vocab_larger_than_the_model_is_named(folder):
     rewrite(folder, 'vocab.json', lambda data: json.dumps(dict(
-        vocab=[*'abcdefghijklmnop'], sep='', unk=None, tokenizer='chars')).encode())
+        vocab=[*'abcdefghijklmnop'], sep='', tokenizer='chars', unk=None, bos=None,
+        eos=None)).encode())
     with pytest.raises(ValueError, match='16 tokens in vocab.json'):
         load_pretrained(folder)
 

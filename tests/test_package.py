@@ -1,6 +1,7 @@
 """The built package: its files, its metadata, and that it works without the tools that
 made it."""
 import email, os, subprocess, sys, zipfile
+from configparser import ConfigParser
 from importlib.metadata import version
 from pathlib import Path
 import pytest
@@ -52,7 +53,24 @@ from rnnlm.all import *
 print(rnnlm.__file__, rnnlm.__version__)
 demo(epochs=1)""", PYTHONPATH=str(installed))
     assert lines[0] == f'{installed/"rnnlm"/"__init__.py"} {version("rnnlm")}'
-    assert lines[-1].startswith('one . two . three . | ')
+    assert lines[-1].startswith('one . two . three . | ')  # the counter
+
+def test_every_command_is_there_and_tells_its_options(wheel, installed, tmp_path):
+    with zipfile.ZipFile(wheel) as z:
+        entries = ConfigParser(delimiters=['='])
+        entries.read_string(z.read(f'{full_name}.dist-info/entry_points.txt').decode())
+    commands = dict(entries['console_scripts'])
+    assert {*commands} == {'rnnlm-demo', 'rnnlm-train', 'rnnlm-generate', 'rnnlm-eval'}
+    env = os.environ | {'PYTHONPATH': str(installed)}
+    for name,entry in commands.items():
+        module,function = entry.split(':')
+        script = tmp_path/name
+        script.write_text(f'import sys; from {module} import {function}\n'
+                          f'sys.exit({function}())')
+        res = subprocess.run([sys.executable, script, '--help'], capture_output=True,
+                             text=True, cwd='/', env=env)
+        assert (res.returncode, res.stderr) == (0, ''), res.stderr
+        assert res.stdout.startswith(f'usage: {name} ')
 
 def test_type_checkers_read_the_annotations(installed):
     "PEP 561: without this file they take everything that is installed to be untyped"
@@ -78,6 +96,8 @@ PUBLIC = {
     'train': 'rnn_learner numbers_learner',
     'generate': 'generate generate_iter',
     'learner': 'rnn_learner lm_loss',
+    'guard': 'Diverged FitGuard guarded',
+    'folder': 'load_figures load_pretrained',
     'plot': 'plot_loop plot_unrolled plot_windows plot_chunks animate_chunks '
             'plot_state color_text sort_units plot_loss_text plot_horizon plot_run',
     'all': 'TokenStream StatefulLM demo'}
