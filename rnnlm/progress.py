@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/06g_progress.ipynb #eb6b030f
+# %% ../nbs/06g_progress.ipynb #a6acd332
 import io, math, shutil, sys, time
 from functools import partial
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from fastcore.basics import noop
 from .generate import generate
 from .plot import plot_run
 
-# %% ../nbs/06g_progress.ipynb #6702773e
+# %% ../nbs/06g_progress.ipynb #96607f91
 def as_clock(
     seconds:float # Any time
 ) -> str:
@@ -29,7 +29,7 @@ def perplexity_of(
     "e to the `loss`; infinity where that is too large for a float"
     return math.exp(loss) if loss < 700 else math.inf
 
-# %% ../nbs/06g_progress.ipynb #d1aaaee1
+# %% ../nbs/06g_progress.ipynb #7d7e20a9
 class ProgressLine(Callback):
     """Tells of a fit in lines: loss, perplexity, tokens a second and the time left.
 
@@ -85,8 +85,8 @@ class ProgressLine(Callback):
         told = dict(zip(names, self.recorder.values[-1]))
         loss = told.get('valid_loss')
         if loss is None: loss = told['train_loss']
-        parts += [f'perplexity {perplexity_of(loss):.2f}', self.speed(),
-                  as_clock(time.perf_counter()-self.start)]
+        if 'perplexity' not in told: parts.append(f'perplexity {perplexity_of(loss):.3f}')
+        parts += [self.speed(), as_clock(time.perf_counter()-self.start)]
         self.write(f"epoch {self.epoch+1}: {', '.join(parts)}")
 
     def renew(self, text):
@@ -112,7 +112,7 @@ class ProgressLine(Callback):
         self.clear()
         self.learn.logger = self.logger_before
 
-# %% ../nbs/06g_progress.ipynb #50ff349c
+# %% ../nbs/06g_progress.ipynb #a2645ebd
 class Samples(Callback):
     "After each epoch, what the model writes after `prompt`; all of it in `texts`"
     order = 65  # after the epoch's line
@@ -149,7 +149,7 @@ class Samples(Callback):
                  for epoch,text in self.texts]
         return '\n'.join(parts)
 
-# %% ../nbs/06g_progress.ipynb #cdc0edd4
+# %% ../nbs/06g_progress.ipynb #ebf9de05
 def run_picture(
     learn # A `Learner` after a fit
 ) -> bytes: # None if no epoch was finished

@@ -85,7 +85,7 @@ def test_ctrl_c_before_the_first_epoch_ends():
     assert 'finished 0 of 40 epochs' in out and 'No epoch was finished' in out
 
 def test_a_loss_of_nan_has_an_exit_code():
-    res = run('--lr', '1e30', '--n-hidden', '8')
+    res = run('--lr', '1e30', '--n-hidden', '8', '--epochs', '1')
     assert res.returncode == 1 and 'Traceback' not in res.stderr
     told = re.findall(r'^(\w+) diverged: .* after \d+ steps', res.stdout, re.M)
     assert {'LMModel2', 'LMModel3'} <= {*told}
