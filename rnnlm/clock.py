@@ -40,8 +40,9 @@ class TimeBudget(Callback):
     def after_train(self):
         self.seconds = self.elapsed
         self.epoch_began = None
+        if not self.is_over or not hasattr(self, 'recorder'): return
         # else fastai's recorder leaves the training loss out of the row
-        if self.is_over and hasattr(self, 'recorder'): self.recorder.cancel_train = False
+        self.recorder.cancel_train = False
 
     def before_batch(self):
         if self.is_over: raise CancelTrainException
@@ -56,8 +57,8 @@ class TimeBudget(Callback):
         if self.n_batches > 1: return
         needed = 2*self.elapsed/60  # the schedule has a first batch and a last
         if needed <= self.minutes: return
-        raise ValueError(f"minutes must be at least {round_up(needed)}, the time of two "
-                         f"batches here, got {self.minutes:g}: give more, or make "
+        raise ValueError(f"minutes must be at least {round_up(needed)}, the time of "
+                         f"two batches here, got {self.minutes:g}: give more, or make "
                          "batches or model smaller")
 
     @property

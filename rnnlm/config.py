@@ -92,8 +92,8 @@ class RNNLMConfig:
         if self.ngram_sz is not None:
             self.ngram_sz = check_int('ngram_sz', self.ngram_sz)
         if self.ngrams != 0 and check_int('ngrams', self.ngrams) == 1:
-            raise ValueError("ngrams must be 0, for none, or at least 2, got 1: those of "
-                             "one token are the embedding itself")
+            raise ValueError("ngrams must be 0, for none, or at least 2, got 1: those "
+                             "of one token are the embedding itself")
         _check_cell(self.cell)
         for name in _PLACES:
             p = getattr(self, name)

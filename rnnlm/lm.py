@@ -67,8 +67,8 @@ def _split_recent(state):
     is_pair = isinstance(state, (tuple, list)) and len(state) == 2
     if is_pair and isinstance(state[1], torch.Tensor) and state[1].ndim == 2:
         return state
-    raise TypeError("state of RNNLM with ngrams must be a pair, the state of the layers "
-                    "and the last tokens (ngrams-1, bs), as the model gives it")
+    raise TypeError("state of RNNLM with ngrams must be a pair, the state of the "
+                    "layers and the last tokens (ngrams-1, bs), as the model gives it")
 
 def _split_layers(layers, state):
     "The state of each of the `layers`"

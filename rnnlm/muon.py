@@ -45,6 +45,7 @@ def layer_matrices(
     ids = {id(p) for p in inside}
     return [[p for p in model.parameters() if id(p) not in ids], inside]
 
+# %% ../nbs/02c_muon.ipynb #muo1b
 class MuonAdamW(torch.optim.AdamW):
     """PyTorch's fused AdamW, and for the last group of parameters Muon.
 

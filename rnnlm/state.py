@@ -6,6 +6,7 @@
 __all__ = ['map_state', 'state_tensors', 'forget', 'join', 'read_segments', 'KeepsState', 'LockedDropout', 'StatefulLM']
 
 # %% ../nbs/01a_state.ipynb #7c2c54d6
+from functools import partial
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -43,6 +44,13 @@ def forget(
         shape[batch_dim] = -1
         return o.masked_fill(rows.view(shape), 0)
     return map_state(zero, state)
+
+def _as_precise(
+    o:torch.Tensor, # A tensor of a state
+    dtype:torch.dtype # That of the weights
+) -> torch.Tensor:
+    "`o` in no less than the precision of `dtype`; what is no fraction stays as it is"
+    return o.to(torch.promote_types(o.dtype, dtype)) if o.is_floating_point() else o
 
 # %% ../nbs/01a_state.ipynb #c8563194
 def join(
@@ -118,10 +126,7 @@ class KeepsState(nn.Module):
                                  "state")
         weights = next((p for p in self.parameters() if p.is_floating_point()), None)
         if weights is None: return self.state
-        def as_precise(o):
-            if not o.is_floating_point(): return o  # token ids
-            return o.to(torch.promote_types(o.dtype, weights.dtype))
-        return map_state(as_precise, self.state)
+        return map_state(partial(_as_precise, dtype=weights.dtype), self.state)
 
     def extra_repr(self):
         "What the printed model says of its state: the shapes of its tensors"

@@ -8,7 +8,8 @@ from rnnlm.learner import rnn_learner
 from rnnlm.lm import RNNLM, RNNLMConfig
 from rnnlm.machine import BFloat16
 from rnnlm.muon import MuonAdamW, layer_matrices
-from rnnlm.presets import PRESETS, Preset, train_lm
+from rnnlm.presets import (
+    PRESETS, Preset, fit_preset, preset_callbacks, preset_learner, train_lm)
 from rnnlm.text import TokenStream
 
 small = dict(n_hidden=8, bs=4, sl=16)  # changes that make any preset quick
@@ -34,8 +35,8 @@ def timed(preset, seconds, ticks=None):
     "A learner of `preset` after a fit of so many seconds by a clock of its own"
     ticks = ticks or Ticks()
     preset = preset.change(minutes=1., **small)
-    learn = quietly(preset.learner(text))
-    cbs = [o for o in preset.callbacks() if not isinstance(o, TimeBudget)]
+    learn = quietly(preset_learner(preset, text))
+    cbs = [o for o in preset_callbacks(preset) if not isinstance(o, TimeBudget)]
     budget = TimeBudget(seconds/60, ticks.clock)
     with learn.no_logging(): learn.fit(1000, list(np.ravel(preset.lr)),
                                        cbs=[*cbs, budget, ticks])
@@ -67,7 +68,7 @@ def test_minutes_shorter_than_a_batch_name_the_least_that_works():
     assert budget.n_batches == 2
 
 def test_minutes_shorter_than_a_batch_leave_the_weights():
-    learn = quietly(PRESETS['chars-fast'].change(**small).learner(text))
+    learn = quietly(preset_learner(PRESETS['chars-fast'].change(**small), text))
     before = learn.model.h_o.weight.clone()
     slow = Slow()
     with pytest.raises(ValueError), learn.no_logging():
@@ -87,7 +88,7 @@ def test_a_text_shorter_than_a_batch_is_told_the_sizes_that_work():
 @pytest.mark.parametrize('sizes', [dict(bs=23), dict(sl=47)])
 def test_the_sizes_that_the_error_names_do_work(sizes):
     preset = PRESETS['chars-fast'].change(**sizes)
-    assert len(preset.dataloaders(text).train) > 0
+    assert len(preset_learner(preset, text).dls.train) > 0
 
 def test_a_text_too_short_for_any_batch():
     short = TokenStream.from_text('to be', tokenizer='chars', progress=False)
@@ -102,12 +103,10 @@ def test_an_unknown_change_is_named():
     with pytest.raises(TypeError, match='n_hiden is no part of a preset'):
         train_lm(text, n_hiden=7)
 
-def weights(**kw):
-    args = small | dict(n_epoch=1, seed=3) | kw
-    learn = quietly(PRESETS['chars-fast'].change(**{k: v for k,v in args.items()
-                                                    if k != 'seed'}).learner(
-        text, args['seed']))
-    with learn.no_logging(): PRESETS['chars-fast'].change(n_epoch=1).fit(learn)
+def weights(seed=3):
+    preset = PRESETS['chars-fast'].change(n_epoch=1, **small)
+    learn = quietly(preset_learner(preset, text, seed))
+    with learn.no_logging(): fit_preset(learn, preset)
     return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 
 def test_same_seed_same_weights_by_epochs():
@@ -148,9 +147,9 @@ def test_autocast_is_off_after_a_fit_broken_off_within_a_batch():
         order = 9999
         def before_batch(self): raise KeyboardInterrupt
     preset = PRESETS['chars-fast'].change(n_epoch=1, **small)
-    assert any(isinstance(o, BFloat16) for o in preset.callbacks())
-    learn = quietly(preset.learner(text))
-    with pytest.raises(KeyboardInterrupt): preset.fit(learn, Break())
+    assert any(isinstance(o, BFloat16) for o in preset_callbacks(preset))
+    learn = quietly(preset_learner(preset, text))
+    with pytest.raises(KeyboardInterrupt): fit_preset(learn, preset, Break())
     assert not torch.is_autocast_enabled('cpu')
 
 ngram_models = [dict(cell=o) for o in ('rnn', 'gru', 'lstm', 'mingru')]
