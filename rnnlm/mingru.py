@@ -27,8 +27,8 @@ def _in_blocks(log_a, b, h):
     size = math.ceil(math.sqrt(sl))
     n_blocks = math.ceil(sl/size)
     fill = 0,0,0,n_blocks*size-sl  # steps at the end that change nothing
-    log_a = F.pad(log_a, fill).view(bs*n_blocks, size, n)
-    b = F.pad(b, fill).view(bs*n_blocks, size, n)
+    log_a = F.pad(log_a, fill).reshape(bs*n_blocks, size, n)
+    b = F.pad(b, fill).reshape(bs*n_blocks, size, n)
     inside = _loop(log_a, b, torch.zeros_like(b[:,0])).view(bs, n_blocks, size, n)
     log_decay = log_a.cumsum(1).view(bs, n_blocks, size, n)  # since the block's start
     ends = _loop(log_decay[:,:,-1], inside[:,:,-1], h)
