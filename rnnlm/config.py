@@ -38,8 +38,11 @@ def _check_layer(kwargs):
         raise ValueError("batch_first must be True, got False: a batch is (bs, sl), a "
                          "row for each text; give x.T where it is (sl, bs)")
 
-def _check_cell(cell):
+def _check_cell(cell, weight_p):
     "Raise `TypeError` or `ValueError` for a cell that makes no language model"
+    if cell == 'mingru' and weight_p > 0:
+        raise ValueError("weight_p must be 0 for cell='mingru', which has no weights "
+                         f"from hidden state to hidden state, got {weight_p}")
     if isinstance(cell, str) and cell in _CELLS: return
     if isinstance(cell, str):
         raise ValueError(f"cell must be {_any_of(_CELLS)}, got {cell!r}")
@@ -52,11 +55,20 @@ def _check_cell(cell):
     if isinstance(cell, partial): _check_layer(cell.keywords)
 
 def _check_p(name, p):
-    "Raise `TypeError` or `ValueError` unless `p` is the probability of a dropout"
+    "`p` as a float; an error unless it is the probability of a dropout"
     if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"{name} must be a number, got {p!r}")
     if not 0 <= p < 1:
         raise ValueError(f"{name} must be a probability, from 0 to below 1, got {p}")
+    return float(p)
+
+def _check_flag(name, value):
+    if isinstance(value, bool): return
+    raise TypeError(f"{name} must be True or False, got {value!r}")
+
+def _check_norm(norm):
+    if norm is None or norm in _NORMS: return
+    raise ValueError(f"norm must be {_any_of([*_NORMS, None])}, got {norm!r}")
 
 # %% ../nbs/01d_config.ipynb #config
 @dataclass
@@ -83,20 +95,12 @@ class RNNLMConfig:
         self.n_hidden = check_int('n_hidden', self.n_hidden)
         self.n_layers = check_int('n_layers', self.n_layers)
         if self.emb_sz is not None: self.emb_sz = check_int('emb_sz', self.emb_sz)
-        _check_cell(self.cell)
         for name in _PLACES:
-            p = getattr(self, name)
-            _check_p(name, p)
-            setattr(self, name, float(p))
-        if self.weight_p > 0 and self.cell == 'mingru':
-            raise ValueError("weight_p must be 0 for cell='mingru', which has no weights "
-                             f"from hidden state to hidden state, got {self.weight_p}")
-        for name in 'tie_weights', 'residual':
-            if isinstance(getattr(self, name), bool): continue
-            raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.norm not in (None, *_NORMS):
-            raise ValueError(f"norm must be {_any_of([*_NORMS, None])}, got "
-                             f"{self.norm!r}")
+            setattr(self, name, _check_p(name, getattr(self, name)))
+        _check_cell(self.cell, self.weight_p)
+        _check_flag('tie_weights', self.tie_weights)
+        _check_flag('residual', self.residual)
+        _check_norm(self.norm)
 
     @property
     def layer(self):
@@ -119,12 +123,12 @@ class RNNLMConfig:
     ):
         "The config with these fields; `ValueError` for one that is missing or unknown"
         known = [o.name for o in fields(cls)]
-        unknown = [o for o in values if o not in known]
+        unknown = ', '.join(o for o in values if o not in known)
         missing = [o for o in ('vocab_sz', 'n_hidden') if o not in values]
         if missing: raise ValueError(f"config must have {' and '.join(missing)}")
         if not unknown: return cls(**values)
-        raise ValueError(f"config has {', '.join(unknown)}, which this version of rnnlm "
-                         f"does not know: update rnnlm; it knows {', '.join(known)}")
+        raise ValueError(f"config has {unknown}, which this version of rnnlm does not "
+                         f"know: update rnnlm; it knows {', '.join(known)}")
 
 # %% ../nbs/01d_config.ipynb #configof
 def config_of(*args, **kwargs) -> RNNLMConfig:

@@ -181,8 +181,7 @@ class RNNLearner(TokenLearner):
         "fastai's; brings `TBPTT` if `dls` was exchanged for one whose windows overlap"
         cbs = L(with_outputs(cbs, self.model, self.cbs))
         check_callbacks(self.cbs+cbs, self.model)
-        cbs = cbs + self._for_overlap(self.cbs+cbs)
-        super().fit(n_epoch, lr, wd, cbs=cbs, **kwargs)
+        super().fit(n_epoch, lr, wd, cbs=cbs+self._for_overlap(self.cbs+cbs), **kwargs)
 
     def _for_overlap(self, cbs):
         "The callback that windows which overlap need, if it is not among `cbs`"

@@ -20,8 +20,8 @@ _all_ = ['RNNLMConfig']  # to be found here, too
 
 # %% ../nbs/01d_lm.ipynb #drops
 class TokenDropout(LockedDropout):
-    """Drops tokens of the vocab with all of their embedding, the same ones at all places
-    of a window.
+    """Drops tokens of the vocab with all of their embedding, the same ones at all
+    places of a window.
 
     Source: Gal & Ghahramani 2016; Merity et al. 2018, section 4.3."""
     def forward(self, emb, x, vocab_sz):
@@ -74,10 +74,57 @@ def _join_layers(states):
     if isinstance(states[0], torch.Tensor): return torch.cat(states)
     return tuple(_join_layers(parts) for parts in zip(*states))
 
-# %% ../nbs/01d_lm.ipynb #rnnlm
+# %% ../nbs/01d_lm.ipynb #parts
 _WEIGHT = 'weight_hh_l0'  # from hidden state to hidden state, in PyTorch's layers
 
-class RNNLM(StatefulLM):
+class _Parts(StatefulLM):
+    "The parts of an `RNNLM`, and how one of its layers is read"
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        emb_sz = n_in = c.emb_sz or c.n_hidden
+        self.i_h = nn.Embedding(c.vocab_sz, emb_sz)
+        self.norms = nn.ModuleList()
+        self.rnns = nn.ModuleList()
+        for _ in range(c.n_layers):
+            if c.norm: self.norms.append(c.norm_of(n_in))
+            self.rnns.append(c.layer(n_in, c.n_hidden, batch_first=True))
+            n_in = getattr(self.rnns[-1], 'proj_size', 0) or c.n_hidden
+        if c.norm: self.norms.append(c.norm_of(n_in))
+        self.proj = None
+        if c.tie_weights and n_in != emb_sz: self.proj = nn.Linear(n_in, emb_sz)
+        self.h_o = nn.Linear(emb_sz if c.tie_weights else n_in, c.vocab_sz)
+        if c.tie_weights: self.i_h.weight = self.h_o.weight
+        if c.weight_p > 0 and not hasattr(self.rnns[0], _WEIGHT):
+            name = type(self.rnns[0]).__name__
+            raise ValueError(f"weight_p must be 0 for {name}, which has no {_WEIGHT} "
+                             f"as PyTorch's layers have, got {c.weight_p}")
+        self.token_drop = TokenDropout(c.embed_p)
+        self.input_drop = LockedDropout(c.input_p)
+        self.weight_drops = nn.ModuleList(WeightDrop(c.weight_p) for _ in self.rnns)
+        between = self.rnns[1:]
+        self.hidden_drops = nn.ModuleList(LockedDropout(c.hidden_p) for _ in between)
+        self.output_drop = LockedDropout(c.output_p)
+
+    def _read_layer(self, i, rnn, x, h, begins):
+        "What goes from layer `i` to the one above, and its state then"
+        below = self.norms[i](x) if self.norms else x
+        if self.training: rnn = self._with_drops(i, rnn)
+        if isinstance(rnn, MinGRU): out,h = rnn(below, h, begins)
+        else: out,h = read_segments(rnn, below, h, begins, self.batch_dim)
+        if self.training and i < len(self.hidden_drops): out = self.hidden_drops[i](out)
+        if self.config.residual and out.shape == x.shape: out = out+x
+        return out,h
+
+    def _with_drops(self, i, rnn):
+        "Layer `i` without the weights that are dropped in this window"
+        drop = self.weight_drops[i]
+        if drop.p == 0: return rnn
+        weights = {_WEIGHT: drop(getattr(rnn, _WEIGHT))}
+        return lambda x, h: functional_call(rnn, weights, (x, h))
+
+# %% ../nbs/01d_lm.ipynb #rnnlm
+class RNNLM(_Parts):
     """A language model: an embedding, recurrent layers, and logits after every token.
 
     The state is a tensor (n_layers, bs, n_hidden), or a pair of them for 'lstm'. All
@@ -95,31 +142,7 @@ class RNNLM(StatefulLM):
         cell:str='lstm', # 'rnn', 'gru', 'lstm' or 'mingru'; or the class of a layer
         **kwargs
     ):
-        super().__init__()
-        self.config = c = config_of(vocab_sz, n_hidden, n_layers, cell, **kwargs)
-        emb_sz = n_in = c.emb_sz or c.n_hidden
-        self.i_h = nn.Embedding(c.vocab_sz, emb_sz)
-        self.norms = nn.ModuleList()
-        self.rnns = nn.ModuleList()
-        for _ in range(c.n_layers):
-            if c.norm: self.norms.append(c.norm_of(n_in))
-            self.rnns.append(c.layer(n_in, c.n_hidden, batch_first=True))
-            n_in = getattr(self.rnns[-1], 'proj_size', 0) or c.n_hidden
-        if c.norm: self.norms.append(c.norm_of(n_in))
-        self.proj = None
-        if c.tie_weights and n_in != emb_sz: self.proj = nn.Linear(n_in, emb_sz)
-        self.h_o = nn.Linear(emb_sz if c.tie_weights else n_in, c.vocab_sz)
-        if c.tie_weights: self.i_h.weight = self.h_o.weight
-        if c.weight_p > 0 and not hasattr(self.rnns[0], _WEIGHT):
-            name = type(self.rnns[0]).__name__
-            raise ValueError(f"weight_p must be 0 for {name}, which has no {_WEIGHT} as "
-                             f"PyTorch's layers have, got {c.weight_p}")
-        self.token_drop = TokenDropout(c.embed_p)
-        self.input_drop = LockedDropout(c.input_p)
-        self.weight_drops = nn.ModuleList(WeightDrop(c.weight_p) for _ in self.rnns)
-        between = self.rnns[1:]
-        self.hidden_drops = nn.ModuleList(LockedDropout(c.hidden_p) for _ in between)
-        self.output_drop = LockedDropout(c.output_p)
+        super().__init__(config_of(vocab_sz, n_hidden, n_layers, cell, **kwargs))
 
     @classmethod
     def from_config(cls,
@@ -150,23 +173,6 @@ class RNNLM(StatefulLM):
             new.append(h)
         if self.norms: out = self.norms[-1](out)
         return out,_join_layers(new)
-
-    def _read_layer(self, i, rnn, x, h, begins):
-        "What goes from layer `i` to the one above, and its state then"
-        below = self.norms[i](x) if self.norms else x
-        if self.training: rnn = self._with_drops(i, rnn)
-        if isinstance(rnn, MinGRU): out,h = rnn(below, h, begins)
-        else: out,h = read_segments(rnn, below, h, begins, self.batch_dim)
-        if self.training and i < len(self.hidden_drops): out = self.hidden_drops[i](out)
-        if self.config.residual and out.shape == x.shape: out = out+x
-        return out,h
-
-    def _with_drops(self, i, rnn):
-        "Layer `i` without the weights that are dropped in this window"
-        drop = self.weight_drops[i]
-        if drop.p == 0: return rnn
-        weights = {_WEIGHT: drop(getattr(rnn, _WEIGHT))}
-        return lambda x, h: functional_call(rnn, weights, (x, h))
 
     def read(self, x, state, begins=None):
         "Logits (bs, sl, vocab_sz) of the token after each of `x`, and the state then"

@@ -27,8 +27,8 @@ def _in_blocks(log_a, b, h):
     size = math.ceil(math.sqrt(sl))
     n_blocks = math.ceil(sl/size)
     fill = 0,0,0,n_blocks*size-sl  # steps at the end that change nothing
-    log_a = F.pad(log_a, fill).view(bs*n_blocks, size, n)
-    b = F.pad(b, fill).view(bs*n_blocks, size, n)
+    log_a = F.pad(log_a, fill).reshape(bs*n_blocks, size, n)
+    b = F.pad(b, fill).reshape(bs*n_blocks, size, n)
     inside = _loop(log_a, b, torch.zeros_like(b[:,0])).view(bs, n_blocks, size, n)
     log_decay = log_a.cumsum(1).view(bs, n_blocks, size, n)  # since the block's start
     ends = _loop(log_decay[:,:,-1], inside[:,:,-1], h)
@@ -39,12 +39,16 @@ def _in_blocks(log_a, b, h):
 # %% ../nbs/01c_mingru.ipynb #fncode
 _WIDE = 2048  # numbers in a step, from which on a CPU gains nothing by blocks
 
+def _is_wide(b):
+    "Has a step of `b` enough to do? A graph, of any number of rows, has blocks"
+    if torch.compiler.is_compiling() or b.device.type != 'cpu': return False
+    return b[:,0].numel() >= _WIDE
+
 class _Scan(torch.autograd.Function):
     "The scan, and as its gradient the same scan from the end"
     @staticmethod
     def forward(ctx, log_a, b, h0):
-        is_wide = b.device.type == 'cpu' and b[:,0].numel() >= _WIDE
-        h = _loop(log_a, b, h0) if is_wide else _in_blocks(log_a, b, h0)
+        h = _loop(log_a, b, h0) if _is_wide(b) else _in_blocks(log_a, b, h0)
         ctx.save_for_backward(log_a, h, h0)
         return h
 
@@ -107,7 +111,8 @@ class MinGRU(nn.Module):
         z = gate.sigmoid()               # section 3.1.3: z_t = sigmoid(W_z x_t)
         log_keep = F.logsigmoid(-gate)   # log(1 - z_t)
         # appendix B.2.1: g(c) = c + 0.5 where c >= 0, else sigmoid(c)
-        candidate = torch.where(candidate >= 0, candidate+.5, candidate.sigmoid())
+        above = F.relu(candidate)
+        candidate = above + (candidate-above).sigmoid()
         if begins is not None:  # keep nothing there
             log_keep = log_keep.masked_fill(begins[...,None], -torch.inf)
         start = self._start(h, z)
@@ -117,7 +122,7 @@ class MinGRU(nn.Module):
 
     def _start(self, h, z):
         "The state before the first step, (bs, hidden_size)"
-        needed = 1,len(z),self.hidden_size
+        needed = 1,z.shape[0],self.hidden_size
         if h is None: return z.new_zeros(needed[1:])
         if h.shape == needed: return h[0].to(z.dtype)
         raise ValueError(f"the state must be {needed}, got {tuple(h.shape)}")

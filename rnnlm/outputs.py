@@ -71,7 +71,7 @@ def with_outputs(
     model, # The model that is to be trained with them
     others=() # Callbacks that are there already
 ) -> list:
-    "`cbs` with an `RNNOutputs`, if a `RNNRegularizer` among them and `others` needs one"
+    "`cbs` with an `RNNOutputs`, if a `RNNRegularizer` is there that needs one"
     def are(kind, *cbs):
         kinds = [o if isinstance(o, type) else type(o) for o in cbs]
         return [issubclass(o, kind) for o in kinds]
