@@ -157,11 +157,13 @@ PRESETS = {
         dict(bs=32, sl=64, valid_pct=.1), minutes=1.3, bf16=True, **_MUON),
     'chars': Preset(
         'characters, in a quarter of an hour on two cores',
-        dict(n_hidden=512, emb_sz=64, ngrams=4, ngram_p=.3, input_p=.1, output_p=.2),
+        dict(n_hidden=512, emb_sz=64, ngrams=4, ngram_p=.4, input_p=.05, weight_p=.2,
+             output_p=.3),
         dict(bs=32, sl=64, valid_pct=.1), minutes=13., bf16=True, **_MUON),
     'numbers': Preset(
         "human numbers, by the protocol of the book's chapter 12",
-        dict(n_hidden=128, n_layers=2, tie_weights=True, residual=True, output_p=.3),
+        dict(n_hidden=128, n_layers=2, tie_weights=True, residual=True, input_p=.1,
+             hidden_p=.1, output_p=.3),
         dict(bs=64, sl=16, valid_pct=.2, drop_last=True), n_epoch=15,
         anneal=SchedCos, pct_start=.25, wd=(0., 1.), ar=2., tar=1.,
         **_MUON | dict(lr=(1e-2, .02))),
