@@ -32,7 +32,7 @@ def demo(
 ):
     """Train LMModel2 (forgets) and LMModel3 (remembers) on human numbers, compare them,
     and go on counting"""
-    return _run('comparison', 'compare', locals())
+    return _run('comparison', 'run_demo', locals())
 
 # %% ../nbs/06a_cli.ipynb #e85356af
 @call_parse

@@ -55,6 +55,28 @@ def _check_cell(cell, weight_p):
                         f"layer, as nn.LSTM, got {got}")
     if isinstance(cell, partial): _check_layer(cell.keywords)
 
+# %% ../nbs/01d_config.ipynb #checkvalues
+def _check_fields(values, known):
+    "Raise `ValueError` unless `values` has the `known` fields, and all that it needs"
+    missing = [o for o in ('vocab_sz', 'n_hidden') if o not in values]
+    if missing: raise ValueError(f"config must have {' and '.join(missing)}")
+    unknown = ', '.join(o for o in values if o not in known)
+    if not unknown: return
+    raise ValueError(f"config has {unknown}, which this version of rnnlm does not "
+                     f"know: update rnnlm; it knows {', '.join(known)}")
+
+def _check_name(cell):
+    "Raise `TypeError` for a cell that can't be stored"
+    if isinstance(cell, str): return
+    raise TypeError(f"cell must be {_any_of(_CELLS)} to be stored, got {cell!r}: a "
+                    "file can't hold a class")
+
+def _check_ngrams(n):
+    "Raise `TypeError` or `ValueError` for a length of n-grams that can't be embedded"
+    if n == 0 or check_int('ngrams', n) > 1: return
+    raise ValueError("ngrams must be 0, for none, or at least 2, got 1: those of one "
+                     "token are the embedding itself")
+
 def _check_p(name, p):
     "`p` as a float; an error unless it is the probability of a dropout"
     if isinstance(p, bool) or not isinstance(p, Real):
@@ -97,15 +119,12 @@ class RNNLMConfig:
 
     def __post_init__(self):
         self.vocab_sz = check_vocab_sz(self.vocab_sz)
-        self.n_hidden = check_int('n_hidden', self.n_hidden)
-        self.n_layers = check_int('n_layers', self.n_layers)
-        if self.emb_sz is not None: self.emb_sz = check_int('emb_sz', self.emb_sz)
-        self.ngram_rows = check_int('ngram_rows', self.ngram_rows)
-        if self.ngram_sz is not None:
-            self.ngram_sz = check_int('ngram_sz', self.ngram_sz)
-        if self.ngrams != 0 and check_int('ngrams', self.ngrams) == 1:
-            raise ValueError("ngrams must be 0, for none, or at least 2, got 1: those "
-                             "of one token are the embedding itself")
+        for name in ('n_hidden', 'n_layers', 'ngram_rows'):
+            setattr(self, name, check_int(name, getattr(self, name)))
+        for name in ('emb_sz', 'ngram_sz'):
+            if getattr(self, name) is None: continue
+            setattr(self, name, check_int(name, getattr(self, name)))
+        _check_ngrams(self.ngrams)
         for name in _PLACES:
             setattr(self, name, _check_p(name, getattr(self, name)))
         _check_cell(self.cell, self.weight_p)
@@ -124,22 +143,16 @@ class RNNLMConfig:
 
     def to_dict(self):
         "The fields as a dict, for JSON; `TypeError` if the cell is a class"
-        if isinstance(self.cell, str): return asdict(self)
-        raise TypeError(f"cell must be {_any_of(_CELLS)} to be stored, got "
-                        f"{self.cell!r}: a file can't hold a class")
+        _check_name(self.cell)
+        return asdict(self)
 
     @classmethod
     def from_dict(cls,
         values:dict # Fields by name, as of `to_dict`
     ):
         "The config with these fields; `ValueError` for one that is missing or unknown"
-        known = [o.name for o in fields(cls)]
-        unknown = ', '.join(o for o in values if o not in known)
-        missing = [o for o in ('vocab_sz', 'n_hidden') if o not in values]
-        if missing: raise ValueError(f"config must have {' and '.join(missing)}")
-        if not unknown: return cls(**values)
-        raise ValueError(f"config has {unknown}, which this version of rnnlm does not "
-                         f"know: update rnnlm; it knows {', '.join(known)}")
+        _check_fields(values, [o.name for o in fields(cls)])
+        return cls(**values)
 
 # %% ../nbs/01d_config.ipynb #configof
 def config_of(*args, **kwargs) -> RNNLMConfig:

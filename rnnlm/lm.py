@@ -42,6 +42,14 @@ class WeightDrop(LockedDropout):
         return weight*self.mask
 
 # %% ../nbs/01d_lm.ipynb #state
+_WEIGHT = 'weight_hh_l0'  # from hidden state to hidden state, in PyTorch's layers
+
+def _check_weight(layer, p):
+    "Raise `ValueError` if `layer` has no weights that could be dropped"
+    if hasattr(layer, _WEIGHT): return
+    raise ValueError(f"weight_p must be 0 for {type(layer).__name__}, which has no "
+                     f"{_WEIGHT} as PyTorch's layers have, got {p}")
+
 def _check_state(layer, n_layers, state):
     "Raise `TypeError` or `ValueError` for a `state` that is none of such layers"
     if not isinstance(layer, (nn.RNNBase, MinGRU)): return
@@ -85,8 +93,6 @@ def _join_layers(states):
     return tuple(_join_layers(parts) for parts in zip(*states))
 
 # %% ../nbs/01d_lm.ipynb #parts
-_WEIGHT = 'weight_hh_l0'  # from hidden state to hidden state, in PyTorch's layers
-
 class _Parts(StatefulLM):
     "The parts of an `RNNLM`, and how one of its layers is read"
     def __init__(self, config):
@@ -107,16 +113,25 @@ class _Parts(StatefulLM):
         if c.tie_weights and n_in != emb_sz: self.proj = nn.Linear(n_in, emb_sz)
         self.h_o = nn.Linear(emb_sz if c.tie_weights else n_in, c.vocab_sz)
         if c.tie_weights: self.i_h.weight = self.h_o.weight
-        if c.weight_p > 0 and not hasattr(self.rnns[0], _WEIGHT):
-            name = type(self.rnns[0]).__name__
-            raise ValueError(f"weight_p must be 0 for {name}, which has no {_WEIGHT} "
-                             f"as PyTorch's layers have, got {c.weight_p}")
+        if c.weight_p > 0: _check_weight(self.rnns[0], c.weight_p)
         self.token_drop = TokenDropout(c.embed_p)
         self.input_drop = LockedDropout(c.input_p)
         self.weight_drops = nn.ModuleList(WeightDrop(c.weight_p) for _ in self.rnns)
         between = self.rnns[1:]
         self.hidden_drops = nn.ModuleList(LockedDropout(c.hidden_p) for _ in between)
         self.output_drop = LockedDropout(c.output_p)
+
+    def _embed(self, x, state, begins):
+        "What the first layer reads, the state of the layers, and the last tokens"
+        out = self.i_h(x)
+        if self.training: out = self.token_drop(out, x, self.config.vocab_sz)
+        recent = None  # needed for n-grams only
+        if self.ngrams is not None:
+            state,recent = _split_recent(state)
+            embs,recent = self.ngrams(x, recent, begins)
+            out = out+embs
+        if self.training: out = self.input_drop(out)
+        return out,state,recent
 
     def _read_layer(self, i, rnn, x, h, begins):
         "What goes from layer `i` to the one above, and its state then"
@@ -156,6 +171,7 @@ class RNNLM(_Parts):
         **kwargs
     ):
         super().__init__(config_of(vocab_sz, n_hidden, n_layers, cell, **kwargs))
+    __init__.__delwrap__ = RNNLMConfig  # where the comments of the others stand
 
     @classmethod
     def from_config(cls,
@@ -177,13 +193,7 @@ class RNNLM(_Parts):
     ) -> tuple: # The last layer's output (bs, sl, n_hidden), and the state then
         "What the model knows after each token: that from which it predicts the next"
         check_x(x, self.vocab_sz)
-        out = self.i_h(x)
-        if self.training: out = self.token_drop(out, x, self.vocab_sz)
-        if self.ngrams is not None:
-            state,recent = _split_recent(state)
-            embs,recent = self.ngrams(x, recent, begins)
-            out = out+embs
-        if self.training: out = self.input_drop(out)
+        out,state,recent = self._embed(x, state, begins)
         new = []
         for i,(rnn,h) in enumerate(zip(self.rnns, _split_layers(self.rnns, state))):
             out,h = self._read_layer(i, rnn, out, h, begins)
