@@ -28,12 +28,13 @@ class TimeBudget(Callback):
     ):
         self.minutes = check_minutes(minutes)
         self.clock = clock or time.perf_counter
+        self.why = None  # the error that ends the fit
 
     def before_fit(self):
         self.seconds = 0.  # of training, in the epochs that are over
         self.n_batches = 0
         self.is_over = False
-        self.epoch_began = None
+        self.epoch_began = self.why = None
     def before_epoch(self):
         if self.is_over: raise CancelFitException
     def before_train(self): self.epoch_began = self.clock()
@@ -57,9 +58,16 @@ class TimeBudget(Callback):
         if self.n_batches > 1: return
         needed = 2*self.elapsed/60  # the schedule has a first batch and a last
         if needed <= self.minutes: return
-        raise ValueError(f"minutes must be at least {round_up(needed)}, the time of "
-                         f"two batches here, got {self.minutes:g}: give more, or make "
-                         "batches or model smaller")
+        self.why = ValueError(f"minutes must be at least {round_up(needed)}, the time "
+                              f"of two batches here, got {self.minutes:g}: give more, "
+                              "or make batches or model smaller")
+        raise CancelFitException
+
+    def __call__(self, event_name):
+        super().__call__(event_name)
+        if event_name != 'after_fit' or self.why is None: return
+        why,self.why = self.why,None
+        raise why  # here, where fastai puts no words of its own before the error's
 
     @property
     def elapsed(self):

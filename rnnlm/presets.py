@@ -9,6 +9,7 @@ __all__ = ['PRESETS', 'Preset', 'preset_learner', 'preset_callbacks', 'fit_prese
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
+from numbers import Real
 import numpy as np, torch
 from fastai.callback.rnn import RNNRegularizer
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
@@ -89,6 +90,9 @@ def check_length(
     **kwargs
 ):
     "Raise `ValueError` if the training part of `stream` is shorter than one batch"
+    bs = check_int('bs', bs)
+    sl = check_int('sl', sl)
+    if not isinstance(valid_pct, Real) or not 0 <= valid_pct < 1: return  # told later
     n = len(stream)-1  # tokens that have a target
     def lines_of(sl):
         "How many samples of `sl` tokens the training part has"

@@ -76,7 +76,11 @@ class ProgressLine(Callback):
         self.drawn = self.start  # when a line was written last
         self.tenth = 0  # of the way
 
-    def before_train(self): self.last = time.perf_counter()
+    def before_epoch(self): self.has_trained = False
+
+    def before_train(self):
+        self.has_trained = True
+        self.last = time.perf_counter()
 
     def after_batch(self):
         if not self.training: return
@@ -102,7 +106,7 @@ class ProgressLine(Callback):
     def speed(self): return f'{self.n_tokens/max(self.seconds, 1e-9):,.0f} tokens/s'
 
     def after_epoch(self):
-        if not self.recorder.values: return
+        if not self.has_trained or not self.recorder.values: return
         told = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))
         parts = [f"{name.replace('_', ' ')} {value:.3f}"
                  for name,value in told.items() if isinstance(value, float)]
@@ -141,7 +145,12 @@ class Samples(Callback):
         if len(text) == 0: text = self.dls.train.dataset
         self.prompt = text.decode(text.ids[:24 if text.sep == '' else 6])
 
+    def before_epoch(self): self.has_trained = False
+
+    def before_train(self): self.has_trained = True
+
     def after_epoch(self):
+        if not self.has_trained: return  # it is `learn.validate()`
         text = self.draw(self.model, prompt=self.prompt)
         self.texts.append((self.epoch+1, text))
         line = f'  {self.prompt}{self.bar}{text}'.replace('\n', '⏎')
