@@ -225,7 +225,7 @@ def test_files_beside_the_pages(site, pages):
 def test_every_page_has_a_section():
     library = sections(['06_train', '00_data', 'api', '00b_text', '06a_cli'])['Library']
     assert library == ['00b_text', '06_train', '06a_cli']
-    with pytest.raises(ValueError, match='99_new must be in one section'):
+    with pytest.raises(ValueError, match='99_new must be in a section'):
         sections(['00_data', '99_new'])
 
 def test_readme_leaves_out_what_it_cannot_show(tmp_path):
