@@ -166,11 +166,11 @@ PRESETS = {
         dict(bs=32, sl=64, valid_pct=.1), minutes=7., bf16=True, **_MUON),
     'numbers': Preset(
         "human numbers, by the protocol of the book's chapter 12",
-        dict(n_hidden=128, n_layers=2, tie_weights=True, residual=True, input_p=.1,
+        dict(n_hidden=128, n_layers=3, tie_weights=True, residual=True, input_p=.1,
              hidden_p=.1, output_p=.3),
         dict(bs=64, sl=16, valid_pct=.2, drop_last=True), n_epoch=15,
-        anneal=SchedCos, pct_start=.25, wd=(0., 1.), ar=2., tar=1.,
-        **_MUON | dict(lr=(1e-2, .02))),
+        anneal=SchedCos, pct_start=.25, wd=(.1, .8), ar=2., tar=2.,
+        **_MUON | dict(lr=(2e-2, .02))),
     'words': Preset(
         'words, in a minute and a half on two cores',
         dict(n_hidden=256, tie_weights=True, embed_p=.1, input_p=.3, output_p=.4),
