@@ -51,7 +51,7 @@ class Preset:
     ar:float = 0. # Activation regularization, fastai's `alpha`
     tar:float = 0. # Temporal activation regularization, fastai's `beta`
     bf16:bool = False # Mixed precision?
-    measured:dict = field(default_factory=dict) # What was reached, by text
+    measured:dict = field(default_factory=dict) # What was reached on validation texts
 
     def __post_init__(self):
         if (self.minutes is None) == (self.n_epoch is None):
@@ -159,22 +159,27 @@ PRESETS = {
         'characters, in a minute and a half on two cores',
         dict(n_hidden=256, emb_sz=64, ngrams=4, ngram_p=.4, weight_p=.1,
              output_p=.2),
-        dict(bs=32, sl=64, valid_pct=.1), minutes=1.3, bf16=True, **_MUON),
+        dict(bs=32, sl=64, valid_pct=.1), minutes=1.3, bf16=True, **_MUON,
+        measured={'tinyshakespeare, nats a character': 1.4627,
+                  "Python's documentation, nats a character": 1.1411}),
     'chars': Preset(
         'characters, in seven minutes on two cores',
         dict(n_hidden=512, emb_sz=64, ngrams=4, ngram_p=.5, weight_p=.2, output_p=.3),
-        dict(bs=32, sl=64, valid_pct=.1), minutes=7., bf16=True, **_MUON),
+        dict(bs=32, sl=64, valid_pct=.1), minutes=7., bf16=True, **_MUON,
+        measured={'tinyshakespeare, nats a character': 1.4488}),
     'numbers': Preset(
         "human numbers, by the protocol of the book's chapter 12",
         dict(n_hidden=128, n_layers=3, tie_weights=True, residual=True, input_p=.1,
              hidden_p=.1, output_p=.3),
         dict(bs=64, sl=16, valid_pct=.2, drop_last=True), n_epoch=15,
         anneal=SchedCos, pct_start=.25, wd=(.1, .8), ar=2., tar=2.,
-        **_MUON | dict(lr=(2e-2, .02))),
+        **_MUON | dict(lr=(2e-2, .02)),
+        measured={'human numbers, accuracy of five seeds': .970}),
     'words': Preset(
         'words, in a minute and a half on two cores',
         dict(n_hidden=256, tie_weights=True, embed_p=.1, input_p=.3, output_p=.4),
-        dict(bs=16, sl=64, valid_pct=.1), minutes=1.3, bf16=True, **_MUON)}
+        dict(bs=16, sl=64, valid_pct=.1), minutes=1.3, bf16=True, **_MUON,
+        measured={"Python's documentation, nats a word": 2.6738})}
 "Recipes by name"
 
 def preset_of(

@@ -1,5 +1,6 @@
 """Recipes by name, fits by the clock, and what they are made of."""
-import numpy as np, pytest, torch
+from pathlib import Path
+import nbformat, numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import SchedCos
 from rnnlm.clock import TimeBudget
@@ -12,6 +13,7 @@ from rnnlm.presets import (
     PRESETS, Preset, fit_preset, preset_callbacks, preset_learner, train_lm)
 from rnnlm.text import TokenStream
 
+nbs = Path(__file__).parent.parent/'nbs'
 small = dict(n_hidden=8, bs=4, sl=16)  # changes that make any preset quick
 text = TokenStream.from_text('to be, or not to be: that is the question. '*40,
                              tokenizer='chars', progress=False)
@@ -236,3 +238,19 @@ def test_muon_goes_on_from_a_saved_state():
 def test_human_numbers_train_by_their_preset(capsys):
     learn = train_lm(human_numbers_stream(), 'numbers', n_epoch=1, n_hidden=16)
     assert learn.dls.train.bs == 64 and learn.dls.train.sl == 16
+
+def outputs(page):
+    "All that the stored outputs of a page say"
+    cells = nbformat.read(nbs/f'{page}.ipynb', as_version=4).cells
+    found = [o for c in cells for o in c.get('outputs', [])]
+    return '\n'.join(o.get('text') or o.get('data', {}).get('text/plain', '')
+                     for o in found)
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_measured_figures_stand_in_the_page_that_measured_them(name):
+    page = '04_ladder' if name == 'numbers' else 'benchmarks/shakespeare'
+    said,measured = outputs(page),PRESETS[name].measured
+    assert measured
+    for value in measured.values():
+        digits = 3 if name == 'numbers' else 4
+        assert f'{value:.{digits}f}' in said
