@@ -3,6 +3,7 @@ somewhere, search and themes work, it fits a phone, all can read it.
 
 `python -m docs.browser` installs the browser; axe-core comes with a Python package."""
 import functools, os, re, subprocess, sys, threading
+from base64 import b64encode
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
@@ -228,16 +229,19 @@ def test_every_page_has_a_section():
     with pytest.raises(ValueError, match='99_new must be in a section'):
         sections(['00_data', '99_new'])
 
-def test_readme_leaves_out_what_it_cannot_show(tmp_path):
+def test_readme_shows_what_it_can(tmp_path):
     text = new_output('stream', text='counted')
-    data = {'image/png': '', 'text/plain': '<Figure>'}
+    data = {'image/png': b64encode(b'drawn').decode(), 'text/plain': '<Figure>'}
     picture = new_output('display_data', data)
     cells = [new_code_cell('#| fig-alt: a curve\nplot(x)', outputs=[text, picture]),
-             new_code_cell('#| echo: false\nhidden_plot(x)', outputs=[picture]),
+             new_code_cell('#| echo: false\n#| fig-alt: lines\nhidden_plot(x)',
+                           outputs=[picture]),
+             new_code_cell('#| hide\ntest(x)', outputs=[text]),
              new_markdown_cell('See [data](00_data.ipynb).')]
     nbformat.write(new_notebook(cells=cells), tmp_path/'index.ipynb')
-    shown = '```python\nplot(x)\n```\n\n    counted\n\nSee [data](nbs/00_data.ipynb).\n'
-    assert readme(tmp_path/'index.ipynb') == shown
+    shown = ('```python\nplot(x)\n```\n\n    counted\n\n![lines](docs/readme.png)\n\n'
+             'See [data](nbs/00_data.ipynb).\n')
+    assert readme(tmp_path/'index.ipynb') == (shown, b'drawn')
 
 def test_search(tab, url):
     tab.goto(url)

@@ -4,7 +4,7 @@ import shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from docs.execute import notebooks
-from docs.readme import readme
+from docs.readme import PICTURE, readme
 
 root = Path(__file__).parent.parent
 
@@ -33,5 +33,7 @@ def test_leaves_every_file_as_it_is(command, copy):
     assert not changed, f'run `{command}`, and commit what it writes'
 
 def test_readme_is_that_of_the_notebook():
-    is_fresh = (root/'README.md').read_text(encoding='utf-8') == readme()
-    assert is_fresh, 'run `python -m docs.readme`, and commit what it writes'
+    text,picture = readme()
+    is_fresh = (root/'README.md').read_text(encoding='utf-8') == text
+    assert is_fresh and (root/PICTURE).read_bytes() == picture, \
+        'run `python -m docs.readme`, and commit what it writes'
