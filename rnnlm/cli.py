@@ -7,13 +7,18 @@
 __all__ = ['demo']
 
 # %% ../nbs/06a_cli.ipynb #cli00003
+import warnings
 from importlib import import_module
 from fastcore.script import call_parse, is_cli
 
 # %% ../nbs/06a_cli.ipynb #987714b6
 def _run(module, work, options):
     "Import the function `work`, and call it; Ctrl-C leaves no traceback"
-    try: return getattr(import_module(f'rnnlm.{module}'), work)(**options)
+    try:
+        with warnings.catch_warnings():  # of a library that fastai imports
+            warnings.filterwarnings('ignore', '`torch.jit.script` is', FutureWarning)
+            module = import_module(f'rnnlm.{module}')
+        return getattr(module, work)(**options)
     except KeyboardInterrupt:
         if not is_cli(): raise
         print('\nStopped')

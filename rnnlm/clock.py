@@ -48,9 +48,8 @@ class TimeBudget(Callback):
     def before_batch(self):
         if self.is_over: raise CancelTrainException
         total,used = self.minutes*60,self.elapsed
-        if self.n_batches > 0:
-            batch = used/self.n_batches
-            self.is_over = used + 2*batch > total  # no room for another after this
+        if self.n_batches > 0:  # is there room for another batch after this?
+            self.is_over = used + 2*used/self.n_batches > total
         self.learn.pct_train = 1. if self.is_over else used/total
         self.n_batches += 1
 
@@ -58,22 +57,19 @@ class TimeBudget(Callback):
         if self.n_batches > 1: return
         needed = 2*self.elapsed/60  # the schedule has a first batch and a last
         if needed <= self.minutes: return
-        self.why = ValueError(f"minutes must be at least {round_up(needed)}, the time "
-                              f"of two batches here, got {self.minutes:g}: give more, "
-                              "or make batches or model smaller")
+        self.why = too_few_minutes(self.minutes, needed)
         raise CancelFitException
 
     def __call__(self, event_name):
         super().__call__(event_name)
         if event_name != 'after_fit' or self.why is None: return
-        why,self.why = self.why,None
-        raise why  # here, where fastai puts no words of its own before the error's
+        raise self.why  # here, where fastai puts no words of its own before the error's
 
     @property
     def elapsed(self):
         "Seconds of training so far"
-        if self.epoch_began is None: return self.seconds
-        return self.seconds + self.clock()-self.epoch_began
+        now = 0. if self.epoch_began is None else self.clock()-self.epoch_began
+        return self.seconds + now
 
 # %% ../nbs/06e_clock.ipynb #clk07
 def check_minutes(
@@ -84,6 +80,15 @@ def check_minutes(
         raise TypeError(f"minutes must be a number, got {minutes!r}")
     if 0 < minutes < math.inf: return float(minutes)
     raise ValueError(f"minutes must be above 0, got {minutes}")
+
+def too_few_minutes(
+    minutes:float, # What there is
+    needed:float # What two batches take
+) -> ValueError:
+    "The error that says so, and what to do"
+    return ValueError(f"minutes must be at least {round_up(needed)}, the time of two "
+                      f"batches here, got {minutes:g}: give more, or make batches or "
+                      "model smaller")
 
 def round_up(
     x:float # Above 0

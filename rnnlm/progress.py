@@ -29,6 +29,17 @@ def perplexity_of(
     "e to the `loss`; infinity where that is too large for a float"
     return math.exp(loss) if loss < 700 else math.inf
 
+def last_figures(
+    recorder # Of a learner, fastai's
+) -> list: # Of strings, the perplexity last if it is no metric
+    "The losses and metrics of the last epoch, with their names"
+    told = dict(zip(recorder.metric_names[1:], recorder.values[-1]))
+    parts = [f"{name.replace('_', ' ')} {value:.3f}"
+             for name,value in told.items() if isinstance(value, float)]
+    if 'perplexity' in told: return parts
+    loss = told.get('valid_loss') or told['train_loss']
+    return parts + [f'perplexity {perplexity_of(loss):.3f}']
+
 # %% ../nbs/06g_progress.ipynb #373fef7a
 class Lines:
     "Lines for a file or a terminal, the last of which may renew itself"
@@ -107,12 +118,8 @@ class ProgressLine(Callback):
 
     def after_epoch(self):
         if not self.has_trained or not self.recorder.values: return
-        told = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))
-        parts = [f"{name.replace('_', ' ')} {value:.3f}"
-                 for name,value in told.items() if isinstance(value, float)]
-        loss = told.get('valid_loss') or told['train_loss']
-        if 'perplexity' not in told: parts += [f'perplexity {perplexity_of(loss):.3f}']
-        parts += [self.speed(), as_clock(time.perf_counter()-self.start)]
+        parts = last_figures(self.recorder) + [self.speed()]
+        parts.append(as_clock(time.perf_counter()-self.start))
         self.drawn = time.perf_counter()
         self.lines.write(f"epoch {self.epoch+1}: {', '.join(parts)}")
 

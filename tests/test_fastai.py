@@ -88,7 +88,7 @@ def test_fine_tune_and_freeze_train_a_model_of_one_group(make):
     assert not torch.equal(weights(learn), before)
 
 def test_a_splitter_lets_freeze_freeze(make):
-    def halves(m): return [[*m.i_h.parameters()], [*m.rnn.parameters(),
+    def halves(m): return [[*m.i_h.parameters()], [*m.rnns.parameters(),
                                                    *m.h_o.parameters()]]
     learn = make(splitter=halves)
     learn.freeze()
