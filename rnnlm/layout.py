@@ -125,7 +125,7 @@ class LinePlace(LineLayout):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.batch = 0       # how many batches of the epoch were read
-        self._resume_at = 0  # the batch with which the next pass begins
+        self.resume_at = 0  # the batch with which the next pass begins
 
     def set_epoch(self,
         epoch:int # From 0 on
@@ -136,13 +136,13 @@ class LinePlace(LineLayout):
         `load_state_dict` set stays. `StateResetter` calls it before each epoch of a
         `Learner`; a loader does not count its epochs by itself."""
         if epoch == self.epoch: return
-        if self._resume_at:
+        if self.resume_at:
             warn(f"set_epoch({epoch}) leaves the place that load_state_dict had set "
-                 f"(epoch {self.epoch}, batch {self._resume_at}); go on there by "
+                 f"(epoch {self.epoch}, batch {self.resume_at}); go on there by "
                  f"fit(..., start_epoch={self.epoch})")
         self.lay_out(epoch)
         self.batch = 0
-        self._resume_at = 0
+        self.resume_at = 0
 
     def made_for(self) -> dict:
         "What decides which tokens a batch holds; the same for all shards"
@@ -170,7 +170,7 @@ class LinePlace(LineLayout):
                              "start from the beginning of an epoch")
         self.lay_out(state['epoch'])
         self.batch = state['batch']
-        self._resume_at = self.batch
+        self.resume_at = self.batch
 
 # %% ../nbs/00d_layout.ipynb #689a6fe8
 def _begins_mask(docs, places, n):

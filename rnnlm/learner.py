@@ -9,8 +9,9 @@ __all__ = ['LeanLearner', 'TokenLearner', 'RNNLearner', 'rnn_learner', 'lm_loss'
 from contextlib import contextmanager
 from functools import partial
 import torch
+from fastai.callback.core import CancelEpochException
 from fastai.callback.schedule import ParamScheduler  # gives `Learner` its fit_one_cycle
-from fastai.learner import AvgSmoothLoss, CastToTensor, Learner, Recorder
+from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.torch_core import defaults, nested_reorder
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
@@ -22,10 +23,13 @@ from .arguments import fastai_opt, keeps_graph, token_loss
 from .callback import LengthLR, StateResetter
 from .core import find_stateful
 from .generate import predict_words
+from .guard import FitGuard, ends_on_sigterm
 from .machine import few_threads, n_parameters, room_for_graphs
-from .metrics import PredRows, TokenLoss, lm_loss, per_token
+from .metrics import PredRows, lm_loss, per_token
 from .optim import ForeachAdam, fused_adam
+from .nested import in_fit, refuse_within
 from .outputs import with_outputs
+from .recorder import TokenRecorder
 
 # %% ../nbs/02a_learner.ipynb #4c8584b5
 _all_ = ['lm_loss', 'ForeachAdam', 'fused_adam']
@@ -57,31 +61,6 @@ class LeanLearner(Learner):
         return super()._set_device(b)
 
 # %% ../nbs/02a_learner.ipynb #9194346a
-class SmoothLoss(AvgSmoothLoss):
-    "fastai's running loss, which stays on its device"
-    def reset(self):
-        self.count = 0
-        self.val = torch.zeros(())
-    def accumulate(self, learn):
-        loss = learn.loss.detach()
-        if loss.ndim: loss = loss.mean()
-        self.count += 1
-        self.val = torch.lerp(loss, self.val.to(loss), self.beta)
-
-class TokenRecorder(Recorder):
-    "fastai's `Recorder`, whose validation loss is a mean over all targets"
-    name = 'recorder'
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.loss = TokenLoss()
-        self.smooth_loss = SmoothLoss(self.smooth_loss.beta)
-    def after_train(self):
-        super().after_train()
-        self._bring_losses()
-    # a fit may end in the middle of its training, as that of `lr_find`
-    def after_fit(self): self._bring_losses()
-    def _bring_losses(self): self.losses = [o.cpu() for o in self.losses]
-
 class QuickCast(CastToTensor):
     "fastai's `CastToTensor`, for batches that are mostly plain tensors already"
     name = 'cast_to_tensor'
@@ -173,7 +152,8 @@ class RNNLearner(TokenLearner):
         can_forget = find_stateful(self.model, needs='reset')
         draws_lengths = getattr(self.dls.train, 'sl_std', 0)
         resetter = StateResetter if can_forget else SameSteps
-        for kind,needed in (resetter, True), (LengthLR, draws_lengths):
+        kinds = (resetter, True), (LengthLR, draws_lengths), (FitGuard, True)
+        for kind,needed in kinds:
             if needed and not self._grab_cbs(kind): self.add_cb(kind())
         self.add_cbs(self._for_overlap(self.cbs))
 
@@ -182,7 +162,27 @@ class RNNLearner(TokenLearner):
         "fastai's; brings `TBPTT` if `dls` was exchanged for one whose windows overlap"
         cbs = L(with_outputs(cbs, self.model, self.cbs))
         check_callbacks(self.cbs+cbs, self.model)
-        super().fit(n_epoch, lr, wd, cbs=cbs+self._for_overlap(self.cbs+cbs), **kwargs)
+        cbs += self._for_overlap(self.cbs+cbs)
+        refuse_within(self, 'fit')
+        self.first_epoch = 0  # a `Checkpoint` may go on at a later one
+        super().fit(n_epoch, lr, wd, cbs=cbs, **kwargs)
+
+    def _do_fit(self):
+        self.opt.zero_grad()  # of a fit that was broken off
+        with in_fit(self), ends_on_sigterm(self):
+            for epoch in range(self.first_epoch, self.n_epoch):
+                self.epoch = epoch
+                self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+    def all_batches(self):
+        "fastai's, but that a loader may go on in the middle of an epoch"
+        self.n_iter = len(self.dl)
+        first = getattr(self.dl, 'resume_at', 0)
+        for i,b in enumerate(self.dl, first): self.one_batch(i, b)
+
+    def validation_context(self, cbs=None, inner=False):
+        if not inner: refuse_within(self, 'validate or get_preds')
+        return super().validation_context(cbs, inner)
 
     def _for_overlap(self, cbs):
         "The callback that windows which overlap need, if it is not among `cbs`"
@@ -244,5 +244,6 @@ def rnn_learner(
     Brings the callbacks that `model` and `dls` need, if they are not among `cbs`:
     `StateResetter` if the model can forget and `SameSteps` if not, `LengthLR` if the
     lengths of the batches are drawn, `TBPTT` if the windows overlap and the model
-    remembers, `RNNOutputs` for a `RNNRegularizer`."""
+    remembers, `RNNOutputs` for a `RNNRegularizer`; and a `FitGuard`, which ends a fit
+    whose loss is no number."""
     return RNNLearner(dls, model, loss_func, opt_func, cbs=cbs, **kwargs)

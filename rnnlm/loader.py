@@ -64,8 +64,8 @@ class LineDL(LinePlace, TfmdDL):
         return (_send(batch, device) for batch in batches)
 
     def __iter__(self):
-        start = self._resume_at
-        self._resume_at = 0
+        start = self.resume_at
+        self.resume_at = 0
         self.before_iter()
         has_tfms = len(self.after_batch.fs) > 0
         batch_bytes = self.bs*self.stride*self.dataset.ids.element_size()
@@ -163,7 +163,7 @@ class StreamDL(LineDL):
         res = self.new(rank=rank, world_size=world_size)
         res.set_epoch(self.epoch)
         res.batch = self.batch
-        res._resume_at = self._resume_at
+        res.resume_at = self.resume_at
         return res
 
 # %% ../nbs/00d_loader.ipynb #24141dd2
