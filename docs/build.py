@@ -16,7 +16,7 @@ nbs,proc,site = root/'nbs',root/'_proc',root/'_docs'
 # of their names
 SECTIONS = {
     'The ladder of ideas': '0[0-4]_* 01e_* 01f_* 05_*',
-    'Library': '0[0-5][a-z]_* 06_* 06[a-z]_* 0[7-9][a-z]_*',
+    'Library': '0[0-5][a-z]_* 06_* 06[a-z]_* 07[a-z]_* 08*',
     'API': 'api',
     'Tutorials': 'tutorials/your_text tutorials/hugging_face tutorials/truncation* '
                  'tutorials/reading* tutorials/float_series tutorials/*',

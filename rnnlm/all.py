@@ -34,6 +34,7 @@ from rnnlm.folder import *
 from rnnlm.clock import *
 from rnnlm.train import *
 from rnnlm.presets import *
+from rnnlm.resume import *
 from rnnlm.diagrams import *
 from rnnlm.gates import *
 from rnnlm.chunks import *

@@ -65,6 +65,16 @@ class TimeBudget(Callback):
         if event_name != 'after_fit' or self.why is None: return
         raise self.why  # here, where fastai puts no words of its own before the error's
 
+    def state_dict(self):
+        "How far the clock has come, for a checkpoint"
+        return dict(seconds=self.elapsed, n_batches=self.n_batches,
+                    is_over=self.is_over)
+    def load_state_dict(self, state):
+        "Go on with the time that `state_dict` has left"
+        self.seconds,self.is_over = state['seconds'],state['is_over']
+        self.n_batches = state['n_batches']
+        self.epoch_began = self.clock()
+
     @property
     def elapsed(self):
         "Seconds of training so far"

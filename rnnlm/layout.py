@@ -122,6 +122,7 @@ class LineLayout:
 # %% ../nbs/00d_layout.ipynb #2cebec0b
 class LinePlace(LineLayout):
     "A `LineLayout` and a place in it, to leave and come back to"
+    n_loads = 0  # how often `load_state_dict` has set the place
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.batch = 0       # how many batches of the epoch were read
@@ -161,16 +162,30 @@ class LinePlace(LineLayout):
     ):
         """Go on from `state` at the next pass.
 
-        Raises `ValueError` if it was saved for other arguments or another corpus."""
+        A pass that is going on can't be read any further. Raises `ValueError` if
+        `state` was saved for other arguments or another corpus, or is no place in its
+        epoch."""
         saved_for = state.get('made_for', {})
         for k, v in self.made_for().items():
             if saved_for.get(k) == v: continue
             raise ValueError(f"state was saved for {k}={saved_for.get(k)!r}, and this "
                              f"loader has {k}={v!r}: make the loader as it was, or "
                              "start from the beginning of an epoch")
+        for k in 'epoch', 'batch':
+            if type(state.get(k)) is int and state[k] >= 0: continue
+            raise ValueError(f"{k} of a state must be a whole number from 0 on, got "
+                             f"{state.get(k)!r}: give what state_dict gave")
+        before = self.epoch
         self.lay_out(state['epoch'])
+        if state['batch'] > len(self):
+            n = len(self)
+            self.lay_out(before)
+            raise ValueError(f"batch of a state must be at most {n}, the batches of "
+                             f"the epoch, got {state['batch']}: give what state_dict "
+                             "gave")
         self.batch = state['batch']
         self.resume_at = self.batch
+        self.n_loads += 1
 
 # %% ../nbs/00d_layout.ipynb #689a6fe8
 def _begins_mask(docs, places, n):

@@ -164,11 +164,12 @@ class RNNLearner(TokenLearner):
         check_callbacks(self.cbs+cbs, self.model)
         cbs += self._for_overlap(self.cbs+cbs)
         refuse_within(self, 'fit')
-        self.first_epoch = 0  # a `Checkpoint` may go on at a later one
         super().fit(n_epoch, lr, wd, cbs=cbs, **kwargs)
 
     def _do_fit(self):
         self.opt.zero_grad()  # of a fit that was broken off
+        self.first_epoch = 0
+        self('before_epochs')  # no event of fastai: a `Checkpoint` may set another one
         with in_fit(self), ends_on_sigterm(self):
             for epoch in range(self.first_epoch, self.n_epoch):
                 self.epoch = epoch

@@ -23,6 +23,11 @@ def _send(batch, device):
         return t.to(device, non_blocking=True)
     return tuple(move(t) for t in batch)
 
+def _another_place():
+    "The error of a pass during which the place was set"
+    return RuntimeError("load_state_dict was called during a pass over the loader, "
+                        "which can't go on: begin another one")
+
 def _copy_to(device, ids):
     "The whole of `ids` on `device`; None, and a warning, if there is no room"
     try: return ids.to(device)
@@ -70,7 +75,9 @@ class LineDL(LinePlace, TfmdDL):
         has_tfms = len(self.after_batch.fs) > 0
         batch_bytes = self.bs*self.stride*self.dataset.ids.element_size()
         every = 1 + 2**22//batch_bytes  # after 4 MB, pages of a file are given back
+        n_loads = self.n_loads
         for i, batch in enumerate(self._batches(start), start+1):
+            if self.n_loads != n_loads: raise _another_place()
             self.batch = i
             if i % every == 0: self.dataset.release()
             yield self.after_batch(batch) if has_tfms else batch
@@ -93,6 +100,12 @@ class LineDL(LinePlace, TfmdDL):
         return super().made_for() | mine
 
 # %% ../nbs/00d_loader.ipynb #44ac0bbb
+def _check_workers(n):
+    "Raise `ValueError` unless no worker processes are asked for"
+    if not n: return
+    raise ValueError(f"num_workers must be 0, got {n!r}: a batch is a slice of the "
+                     "stream, and there is no work that a process could take over")
+
 def _check_stream(stream, target, begins, shuffle):
     "Raise `TypeError` or `ValueError` for what `StreamDL` can't read"
     if not isinstance(stream, TokenStream):
@@ -137,6 +150,7 @@ class StreamDL(LineDL):
         **kwargs # For fastai's `TfmdDL`, as `after_batch`
     ):
         _check_stream(stream, target, begins, kwargs.pop('shuffle', False))
+        _check_workers(kwargs.pop('num_workers', 0))
         layout = dict(bs=bs, sl=sl, stride=stride, drop_last=drop_last, whole=whole,
                       sl_std=sl_std, shift=shift, seed=seed, rank=rank,
                       world_size=world_size)

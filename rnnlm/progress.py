@@ -82,6 +82,7 @@ class ProgressLine(Callback):
         if hasattr(self.learn, 'progress'): self.learn.progress.run = False
         self.logger_before,self.learn.logger = self.learn.logger,noop
         self.start = time.perf_counter()
+        self.began_at = 0.  # the share of the fit that an earlier process has done
         self.n_tokens = 0
         self.seconds = 0  # in training
         self.drawn = self.start  # when a line was written last
@@ -109,7 +110,8 @@ class ProgressLine(Callback):
 
     def state_of_things(self, now):
         loss = self.smooth_loss.item()
-        left = (now-self.start)*(1-self.pct_train)/self.pct_train
+        done = max(self.pct_train-self.began_at, 1e-9)
+        left = (now-self.start)*(1-self.pct_train)/done
         return (f'{self.pct_train:4.0%}, epoch {self.epoch+1}, '
                 f'{as_clock(max(left, 0))} left: loss {loss:.3f}, '
                 f'perplexity {perplexity_of(loss):.2f}, {self.speed()}')
@@ -122,6 +124,10 @@ class ProgressLine(Callback):
         parts.append(as_clock(time.perf_counter()-self.start))
         self.drawn = time.perf_counter()
         self.lines.write(f"epoch {self.epoch+1}: {', '.join(parts)}")
+
+    # speed and time are those of this process, not of one that a fit goes on from
+    def state_dict(self): return {}
+    def load_state_dict(self, state): self.began_at = self.learn.pct_train
 
     def after_fit(self):
         if not hasattr(self, 'logger_before'): return
