@@ -51,7 +51,8 @@ def train_command(
     bs:int=None, # Batch size (default: that of the preset)
     sl:int=None, # Sequence length (default: that of the preset)
     prompt:str=None, # What the samples go on from (default: how validation begins)
-    seed:int=42 # Seed of the weights and of the samples
+    seed:int=42, # Seed of the weights and of the samples
+    resume:bool=False # Go on with a training that was stopped, if there is one?
 ):
     "Train a language model on a text, and keep it as a folder"
     return _run('commands', 'train', locals())

@@ -6,11 +6,12 @@
 __all__ = []
 
 # %% ../nbs/06f_commands.ipynb #8f003bbf
-import warnings
+import shutil, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
 from fastcore.script import CliError, is_cli
+from .checkpoints import checkpoint_steps
 from .core import check_int
 from .data import human_numbers
 from .dynamic import DynamicEval
@@ -21,6 +22,7 @@ from .machine import n_parameters
 from .manifest import check_target
 from .presets import train_lm
 from .progress import ProgressLine, Samples, run_picture
+from .resume import Checkpoint
 from .sampling import check_seed
 from .score import score
 from .text import TokenStream
@@ -47,12 +49,20 @@ def mistakes(
         raise CliError(f'{words}; {outcome}') from None
 
 # %% ../nbs/06f_commands.ipynb #fa840083
-def _target(save):
-    "The folder for a model; the default is never one that is there already"
-    if save is None and Path('model').exists():
+def _target(save, resume):
+    """The folder for a model, and that of its checkpoints.
+
+    The default is never one that is there already, unless a training goes on."""
+    target = check_target('model' if save is None else save, 'save')
+    run = target.with_name(f'{target.name}.checkpoints')
+    was_stopped = bool(checkpoint_steps(run))
+    if was_stopped and not resume:
+        raise ValueError(f"{run} holds a training that was stopped: give resume "
+                         "(--resume) to go on with it, or delete that folder")
+    if save is None and target.exists() and not was_stopped:
         raise ValueError("save must be given, as there is a folder named model "
                          "already: save='model' replaces it")
-    return check_target('model' if save is None else save, 'save')
+    return target,run
 
 def _fit(guard, text, settings, callbacks):
     "The learner after its training; `CliError` for what keeps it from beginning"
@@ -72,7 +82,8 @@ def train(
     bs:int=None, # Batch size (default: that of the preset)
     sl:int=None, # Sequence length (default: that of the preset)
     prompt:str=None, # What the samples go on from (default: how validation begins)
-    seed:int=42 # Seed of the weights and of the samples
+    seed:int=42, # Seed of the weights and of the samples
+    resume:bool=False # Go on with a training that was stopped, if there is one?
 ): # The learner; in a terminal an exit code
     """Train a model of a text, and keep it as a folder with its curves and samples.
 
@@ -85,7 +96,7 @@ def train(
     if preset is None and is_numbers: preset = 'numbers'
     if preset is None: preset = 'words' if tokenizer == 'words' else 'chars-fast'
     with mistakes('nothing was trained'):
-        target = _target(save)
+        target,run = _target(save, resume)
         check_seed(seed)
         for name,size in dict(bs=bs, sl=sl).items():
             if size is not None: check_int(name, size)
@@ -104,9 +115,9 @@ def train(
         files = {name: data for name,data in files.items() if data}
         return learn.save_pretrained(target, figures, files)
 
+    cbs = [ProgressLine(), samples, Checkpoint(run, resume=resume)]
     try:
-        with guarded(keep) as guard: learn = _fit(guard, text, settings, [
-            ProgressLine(), samples])
+        with guarded(keep) as guard: learn = _fit(guard, text, settings, cbs)
     except KeyboardInterrupt:
         if is_cli(): return 130
         raise
@@ -114,6 +125,7 @@ def train(
         if is_cli(): return 1
         raise
     folder = keep(learn)
+    shutil.rmtree(run, ignore_errors=True)
     print(f'{n_parameters(learn.model):,} parameters, saved: {folder}')
     return 0 if is_cli() else learn
 

@@ -65,6 +65,7 @@ class FitGuard(Callback):
     busy = False  # is a fit going on?
     asked = None  # the exception of a signal that asks for the end
     fitted = why = None  # the learner of the last fit, and what ends it
+    good = None  # the weights that are kept during a fit
     n_steps = 0  # batches of training, in this fit
 
     def before_fit(self):
@@ -116,9 +117,11 @@ class FitGuard(Callback):
 
     def state_dict(self):
         "What the guard knows of the loss, for a checkpoint"
+        if self.good is None: return {}  # it is another one's work
         return dict(loss=self.good.loss, mean=self.good.mean)
     def load_state_dict(self, state):
         "Go on with what `state_dict` gave, and with the weights as they are"
+        if not state: return
         self.good.keep()
         self.good.loss,self.good.mean = state['loss'],state['mean']
 
