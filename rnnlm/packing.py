@@ -7,6 +7,7 @@ __all__ = ['KINDS', 'NotPlain', 'Packer', 'dumps', 'loads']
 
 # %% ../nbs/07c_packing.ipynb #pck02
 import json
+from pathlib import Path
 import numpy as np, torch
 from fastcore.foundation import L
 from safetensors import SafetensorError
@@ -32,6 +33,7 @@ class Packer:
                         shape=list(o.shape))
         if isinstance(o, np.generic) and o.dtype.kind in 'iufb':
             return dict(number=o.dtype.str, value=o.item())
+        if isinstance(o, Path): return dict(path=str(o))
         if type(o) is dict:
             return dict(pairs=[[self.pack(k), self.pack(v)] for k,v in o.items()])
         if type(o) is list and len(o) > 8 and all(type(x) is float for x in o):
@@ -79,6 +81,7 @@ def _unpack(o, tensors, device):
     if 'tensor' in o:
         return tensors[o['tensor']].to('cpu' if o['on'] == 'cpu' else device)
     if 'array' in o: return tensors[o['array']].numpy().reshape(o['shape'])
+    if 'path' in o: return Path(o['path'])
     if 'number' in o: return _number(np.dtype(o['number']), o['value'])
     if 'pairs' in o: return {part(k): part(v) for k,v in o['pairs']}
     if 'floats' in o: return tensors[o['floats']].tolist()

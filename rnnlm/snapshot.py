@@ -165,12 +165,14 @@ def settings(
     for name,dl in loaders:
         made_for = dl.made_for() if hasattr(dl, 'made_for') else {}
         found |= {f'the {name} loader: {k}': v for k,v in made_for.items()}
-    for i,hypers in enumerate(learn.opt.hypers):
-        found |= {f'{k} of group {i}': v for k,v in hypers.items()}
+    scheduled = {}
     for cb in ordered(learn, but):
         found[f'the callback {cb.name}'] = arguments_of(cb)
-        if isinstance(cb, ParamScheduler):
-            found |= {f'the schedule of {k}': v for k,v in _schedule(cb).items()}
+        if isinstance(cb, ParamScheduler): scheduled |= _schedule(cb)
+    found |= {f'the schedule of {k}': v for k,v in scheduled.items()}
+    for i,hypers in enumerate(learn.opt.hypers):
+        found |= {f'{k} of group {i}': v for k,v in hypers.items()
+                  if k not in scheduled}  # which may be left from an earlier fit
     return {k: v for k,v in found.items() if is_plain(v)}
 
 def check_settings(
