@@ -27,6 +27,7 @@ class TokenRecorder(Recorder):
     losses are numbers."""
     name = 'recorder'
     every = 256  # batches after which the losses are brought from their device
+    losses = ()  # before the first fit
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.loss = TokenLoss()

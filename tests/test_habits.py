@@ -48,7 +48,7 @@ def fit(make, dls, arch, loss_func, n_fits=1, **kwargs):
     learn = make(dls, arch(V, 8), loss_func=loss_func, **kwargs)
     with learn.no_bar(), learn.no_logging():
         for _ in range(n_fits): learn.fit(1, 1e-2)
-    train = [o.item() for o in learn.recorder.losses]
+    train = learn.recorder.losses
     return train + [*learn.recorder.values[-1][1:]],learn
 
 plain = partial(Learner, cbs=StateResetter, metrics=accuracy)
