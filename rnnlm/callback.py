@@ -31,6 +31,7 @@ class StateResetter(Callback):
     rows do not read on."""
     order = -20  # before fastai's `TrainEvalCallback`, which resets in `before_fit`
     said = ()  # the warnings that were given
+    has_trained,state_before_fit = False,None  # if a fit ends before it begins
     def before_fit(self):
         self.state_before_fit = self._held()
         self.has_trained = False  # `validate` and `get_preds` are fits without training
