@@ -9,13 +9,14 @@ __all__ = []
 import ctypes, hashlib, json, os, secrets, shutil, sys, tempfile
 from contextlib import suppress
 from pathlib import Path
+from .sealed import create_file, open_file, read_json, sealed
 
 # %% ../nbs/07b_manifest.ipynb #edb19268
 CONFIG = 'config.json'  # the file that names the others
 
 def _owned(folder):
     "The names of the files in `folder` that its config says are ours"
-    try: config = json.loads((folder/CONFIG).read_bytes())
+    try: _,config = read_json(folder/CONFIG)
     except (OSError, ValueError): return set()
     if not isinstance(config, dict) or not isinstance(config.get('files'), dict):
         return set()
@@ -71,7 +72,7 @@ def _exchange(new, old):
 
 def _write_file(file, data):
     "Write bytes that stay when the machine stops"
-    with file.open('wb') as f:
+    with create_file(file) as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
@@ -88,7 +89,8 @@ def write_folder(
     path = check_target(path)
     sums = {name: dict(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
             for name,data in files.items()}
-    text = json.dumps(config | dict(files=sums), indent=1, ensure_ascii=False)
+    config = sealed(config | dict(files=sums))
+    text = json.dumps(config, indent=1, ensure_ascii=False)
     new = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
     made = [p for p in path.parents if not p.exists()]
     try:
@@ -108,40 +110,39 @@ def read_config(
     path, # A folder that `write_folder` wrote
     kind:str, # The format that it must have
     version:int=1 # The newest version of it that the caller knows
-) -> tuple: # The bytes of `config.json`, and what they say
+) -> tuple: # What tells it from one that replaces it, and what it says
     """Raises `FileNotFoundError` where there is none, `ValueError` for another kind, a
     newer version, or a damaged one."""
     file = Path(path).expanduser()/CONFIG
-    if not file.exists():
+    try: which,config = read_json(file)
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{file} does not exist: no {kind} was saved at "
-                                f"{str(path)!r}")
-    raw = file.read_bytes()
-    try: config = json.loads(raw)
-    except ValueError as e:
-        raise ValueError(f"{file} is damaged: it was cut off or changed ({e}); save it "
-                         "again") from None
+                                f"{str(path)!r}") from None
     found = config.get('format') if isinstance(config, dict) else None
     if found != kind:
         raise ValueError(f"{file} is not the config of a {kind}: its format is "
                          f"{found!r}; give the folder that save_pretrained wrote")
     got = config.get('version')
-    if not isinstance(got, int) or got > version:
+    if type(got) is not int or not 1 <= got <= version:
         raise ValueError(f"{file} has version {got!r}, written by a newer rnnlm: "
                          f"upgrade it (this one reads version {version})")
     if not isinstance(config.get('files'), dict):
         raise ValueError(f"{file} is damaged: it names no files; save it again")
-    return raw,config
+    return which,config
 
 # %% ../nbs/07b_manifest.ipynb #9cfe448d
 def _read_file(file, entry):
     "The bytes of a file, compared with its `entry` in the config"
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing, though {CONFIG} names it; save it "
-                                "again")
-    data = file.read_bytes()
     size,sha256 = entry['bytes'],entry['sha256']
-    if len(data) != size:
-        raise ValueError(f"{file} has {len(data):,} bytes, and {CONFIG} says {size:,}: "
+    try: f = open_file(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing, though {CONFIG} names it; save it "
+                                "again") from None
+    with f:
+        found = os.fstat(f.fileno()).st_size
+        data = f.read() if found == size else None
+    if data is None:
+        raise ValueError(f"{file} has {found:,} bytes, and {CONFIG} says {size!r}: "
                          "it was cut off or changed; save it again")
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"{file} has another checksum than in {CONFIG}: it was "
@@ -158,13 +159,13 @@ def read_folder(
 
     Raises as `read_config` does, and for a file that is missing, was cut off or
     changed."""
-    raw,config = read_config(path, kind, version)
+    which,config = read_config(path, kind, version)
     folder = Path(path).expanduser()
     try:
         return config, {name: _read_file(folder/name, config['files'][name])
                         for name in names if name in config['files']}
     except (OSError, ValueError, KeyError, TypeError) as e:
-        if read_config(path, kind, version)[0] != raw:  # it was replaced meanwhile
+        if read_config(path, kind, version)[0] != which:  # it was replaced meanwhile
             return read_folder(path, kind, names, version)
         if isinstance(e, (OSError, ValueError)): raise
         raise ValueError(f"{folder/CONFIG} is damaged ({e!r}); save it again") from None
