@@ -11,6 +11,7 @@ import pandas as pd, torch
 from fastai.data.core import TfmdDL
 from fastai.torch_core import display_df
 from fastcore.basics import detuplify, patch, store_attr
+from .core import check_ids
 from .layout import LinePlace, cut_batches
 from .text import TokenStream
 
@@ -54,6 +55,7 @@ class LineDL(LinePlace, TfmdDL):
         device = self.device
         if not self.on_device or device in (None, ids.device): return ids
         if device not in self._device_ids:
+            if not self.dataset.is_checked: self.dataset.check_range()
             self._device_ids = {device: _copy_to(device, ids)}
         copied = self._device_ids[device]
         return ids if copied is None else copied
@@ -64,11 +66,20 @@ class LineDL(LinePlace, TfmdDL):
         device = self.device
         docs = self.dataset.docs if self.begins else None
         batches = cut_batches(self, ids, self.target, docs, start)
+        if not self.dataset.is_checked: batches = map(self._checked, batches)
         if device is None or (docs is None and device.type == ids.device.type):
             return batches
         return (_send(batch, device) for batch in batches)
 
+    def _checked(self, batch):
+        "`batch`, if all its ids are in the vocab; they come from a file nobody looked at"
+        targets = batch[-1]
+        for ids in batch[0], targets[targets != -100]:
+            if ids.numel(): check_ids(ids, len(self.dataset.vocab), 'the stream')
+        return batch
+
     def __iter__(self):
+        self.dataset.check_files()
         start = self.resume_at
         self.resume_at = 0
         self.before_iter()

@@ -25,7 +25,7 @@ def open_file(
     except OSError as e:
         if e.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR): raise
         raise _no_file(path) from None
-    if stat.S_ISREG(os.fstat(fd).st_mode): return os.fdopen(fd, 'rb')
+    if stat.S_ISREG(os.fstat(fd).st_mode): return open(path, 'rb', opener=lambda *_: fd)
     os.close(fd)
     raise _no_file(path)
 
@@ -40,7 +40,7 @@ def create_file(
     "A new file at `path`, opened for writing"
     with suppress(FileNotFoundError): os.unlink(path)
     new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _flag('O_NOFOLLOW') | _flag('O_BINARY')
-    return os.fdopen(os.open(path, new, 0o666), 'wb')
+    return open(path, 'wb', opener=lambda *_: os.open(path, new, 0o666))
 
 # %% ../nbs/07b_sealed.ipynb #sea10
 MOST_JSON = 2**26  # bytes of a header; a vocab of some five million tokens has room

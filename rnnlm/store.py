@@ -6,128 +6,35 @@
 __all__ = []
 
 # %% ../nbs/00c_store.ipynb #c0570003
-import errno, hashlib, json, mmap, os, re, sys
-from contextlib import contextmanager, suppress
+import hashlib, mmap, os
+from contextlib import ExitStack
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from fastcore.foundation import L
-from filelock import FileLock, Timeout
-from .stream import CHUNK, TokenStream, ids_dtype
-
-# %% ../nbs/00c_store.ipynb #9f71732e
-_OURS = re.compile(r'(ids|docs)-[0-9a-f]{8}\.bin|(ids|docs|stream)\.tmp')
-
-def _remove_unnamed(folder):
-    "Delete our files in `folder` that its header does not name"
-    file = folder/'stream.json'
-    header = json.loads(file.read_bytes()) if file.exists() else {}
-    named = {o['file'] for o in (header.get('ids'), header.get('docs')) if o}
-    for p in folder.iterdir():
-        if _OURS.fullmatch(p.name) and p.name not in named: p.unlink()
-
-# %% ../nbs/00c_store.ipynb #117e3e46
-@contextmanager
-def writing(
-    path # Folder to write to, made if need be
-):
-    """`path` as a folder for one writer at a time, to `commit` a stream to.
-
-    In the end, files that no header names are gone, and folders that were made for
-    nothing. Raises `ValueError` if `path` is a file, `RuntimeError` if another process
-    is writing it."""
-    path = Path(path)
-    if path.is_file():
-        raise ValueError(f"path must be a folder to write to, got the file {path}")
-    made = [p for p in (path, *path.parents) if not p.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path/'.lock', timeout=0)
-    try: lock.acquire()
-    except Timeout:
-        raise RuntimeError(f"another process is writing {path}; wait for it, or write "
-                           "to another path") from None
-    try: yield path
-    except OSError as e:
-        if e.errno == errno.ENOSPC: e.filename = str(path)  # a full disk has no name
-        raise
-    finally:
-        with suppress(Exception): _remove_unnamed(path)  # what can't be removed stays
-        # removed while it is locked: nobody else can hold it and rely on it
-        with suppress(OSError): (path/'.lock').unlink()
-        lock.release()
-        with suppress(OSError):  # not empty, unless this failed
-            for p in made: p.rmdir()
-
-# %% ../nbs/00c_store.ipynb #a5882caa
-_FORMAT = 'rnnlm.TokenStream'
-_VERSION = 1
-
-def _sync(f):
-    "Make what was written to the open file `f` last"
-    f.flush()
-    os.fsync(f.fileno())
-
-def _sync_folder(path):
-    "Make renames in the folder `path` last, where folders can be synced"
-    if not hasattr(os, 'O_DIRECTORY'): return
-    fd = os.open(path, os.O_DIRECTORY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
-def _write(folder, name, chunks, dtype):
-    "Write arrays to one file of `folder`; gives the header's entry of it"
-    sha,length,top = hashlib.sha256(),0,-1
-    tmp = folder/f'{name}.tmp'
-    with tmp.open('wb') as f:
-        for chunk in chunks:
-            chunk = np.ascontiguousarray(chunk, dtype)
-            f.write(chunk)
-            sha.update(chunk)
-            length += len(chunk)
-            top = max(top, int(chunk.max()))
-        _sync(f)
-    file = f'{name}-{sha.hexdigest()[:8]}.bin'
-    os.replace(tmp, folder/file)
-    return dict(file=file, dtype=dtype.str, length=length, max=top,
-                sha256=sha.hexdigest())
-
-# %% ../nbs/00c_store.ipynb #a8093396
-def commit(
-    folder:Path, # From `writing`
-    chunks, # Iterable of arrays, none empty: the ids, in order
-    vocab, # Sequence of tokens, all strings
-    sep:str, # What `decode` puts between tokens
-    tokenizer:str=None, # As `TokenStream` has it: a name, or JSON
-    docs:np.ndarray=None, # Positions at which documents begin
-    unk:str=None, # The token for unknown ones
-    bos:str=None, # The token before each document
-    eos:str=None # The token after each document
-):
-    "Write a stream into `folder`; an old one is in place until the header is replaced"
-    ids = _write(folder, 'ids', chunks, ids_dtype(len(vocab)))
-    if docs is not None:
-        docs = _write(folder, 'docs', [docs] if len(docs) else [], np.dtype('<i8'))
-    header = dict(format=_FORMAT, version=_VERSION, ids=ids, docs=docs, sep=sep,
-                  tokenizer=tokenizer, unk=unk, bos=bos, eos=eos, vocab=[*vocab])
-    text = json.dumps(header, indent=1, ensure_ascii=False)
-    tmp = folder/'stream.tmp'
-    with tmp.open('wb') as f:
-        f.write(text.encode('utf-8', 'surrogatepass'))
-        _sync(f)
-    _sync_folder(folder)
-    os.replace(tmp, folder/'stream.json')
-    _sync_folder(folder)
+from .core import check_ids, check_int
+from .header import damaged, parts_of, read_header
+from .mapped import PAGE, check_sizes, identity, map_files
+from .sealed import open_file
+from .stream import CHUNK, TokenStream
+from .writer import MOST, commit, writing
 
 # %% ../nbs/00c_store.ipynb #072badbc
 @patch
 def save(self:TokenStream,
-    path # Folder to write to, made if need be; a stream there is replaced
+    path, # Folder to write to, made if need be; a stream there is replaced
+    file_tokens:int=MOST # Tokens in a file; a longer stream is written to several
 ) -> Path: # `path`
     """Write the stream as `stream.json`, a readable header, and the numbers it names.
 
     These are raw and little-endian, the ids of 1, 2 or 4 bytes, as the size of the
-    vocab demands. Raises `TypeError` for tokens that are no strings, `RuntimeError` if
-    another process is writing `path`; after a failure `path` is as before."""
+    vocab demands. Raises `TypeError` for tokens that are no strings, `ValueError` for a
+    vocab too large for a header and for `file_tokens` that are no multiple of 65,536,
+    `RuntimeError` if another process is writing `path`; after a failure `path` is as
+    before."""
+    if check_int('file_tokens', file_tokens) % PAGE:
+        raise ValueError(f"file_tokens must be a multiple of {PAGE:,}, so that each file "
+                         f"ends with a page of memory, got {file_tokens:,}")
     if len(self) == 0: raise ValueError("ids is empty: nothing to save")
     for t in self.vocab:
         if not isinstance(t, str):
@@ -135,21 +42,10 @@ def save(self:TokenStream,
     with writing(path) as folder:
         chunks = (self.ids[i:i+CHUNK].numpy() for i in range(0, len(self), CHUNK))
         commit(folder, chunks, self.vocab, self.sep, self.tokenizer, self.docs,
-               self.unk, self.bos, self.eos)
+               self.unk, self.bos, self.eos, file_tokens)
     return Path(path)
 
 # %% ../nbs/00c_store.ipynb #3501c6de
-def _damaged(file, what): return ValueError(f"{file} {what}; save the stream again")
-
-def _map(f):
-    "The open file `f` as a memory map; a change to it stays in this process"
-    # copy on write, or torch warns; and no memory set aside for the copies, or a map
-    # larger than memory is refused
-    if sys.platform != 'linux':
-        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    no_reserve = getattr(mmap, 'MAP_NORESERVE', 0x4000)
-    return mmap.mmap(f.fileno(), 0, flags=mmap.MAP_PRIVATE | no_reserve)
-
 def _verify(f, dtype, sha256, top):
     "Raise `ValueError` unless all of the open file `f` is as its header says"
     sha,lo,hi = hashlib.sha256(),0,-1
@@ -159,47 +55,36 @@ def _verify(f, dtype, sha256, top):
         lo = min(lo, int(chunk.min()))
         hi = max(hi, int(chunk.max()))
     if sha.hexdigest() != sha256:
-        raise _damaged(f.name, "has another checksum than in its header: it was "
-                               "changed")
+        raise damaged(f.name, "has another checksum than in its header: it was changed")
     if lo < 0 or hi != top:
-        raise _damaged(f.name, f"holds {lo} to {hi}, its header says 0 to {top}")
+        raise damaged(f.name, f"holds {lo} to {hi}, its header says 0 to {top}")
 
 def _load(folder, entry, verify):
-    "The array of a header's `entry`, and its memory map; None where there is none"
-    if entry is None: return None,None
-    file,dtype = folder/entry['file'],entry['dtype']
-    length,top,sha256 = entry['length'],entry['max'],entry['sha256']
-    if dtype not in ('|u1', '<u2', '<i4', '<i8'):
-        raise _damaged(file, f"has the unknown dtype {dtype!r} in its header")
-    dtype = np.dtype(dtype)
-    with file.open('rb') as f:
-        size,said = os.fstat(f.fileno()).st_size,length*dtype.itemsize
-        if size != said:
-            raise _damaged(file, f"has {size:,} bytes, its header says {said:,}: it "
-                                 "was cut off or changed")
-        if verify: _verify(f, dtype, sha256, top)
-        if length == 0: return np.empty(0, dtype),None
-        pages = _map(f)
-    return np.frombuffer(pages, dtype),pages
+    "The array of a header's `entry`, its pages, and the identities of its files"
+    if entry is None: return None,None,()
+    dtype = np.dtype(entry['dtype'])
+    parts = parts_of(entry)
+    sizes = [o['length']*dtype.itemsize for o in parts]
+    with ExitStack() as opened:
+        files = [opened.enter_context(open_file(folder/o['file'])) for o in parts]
+        for f,size,part in zip(files, sizes, parts):
+            found = os.fstat(f.fileno()).st_size
+            if found != size:
+                raise damaged(f.name, f"has {found:,} bytes, its header says {size:,}: "
+                                      "it was cut off or changed")
+            if size % PAGE and f is not files[-1]:
+                raise damaged(f.name, "does not end with a page of memory")
+            if verify: _verify(f, dtype, part['sha256'], part['max'])
+        array,pages = map_files(files, sizes, dtype)
+        return array,pages,tuple(identity(f) for f in files)
 
-# %% ../nbs/00c_store.ipynb #7fa31ae6
-def _read_header(file):
-    "The bytes of `stream.json`, and the header in them"
-    if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist: no stream was saved at "
-                                f"{file.parent}")
-    raw = file.read_bytes()
-    try: header = json.loads(raw)
-    except ValueError: header = None
-    found = header.get('format') if isinstance(header, dict) else raw[:20]
-    if found != _FORMAT:
-        raise ValueError(f"{file} is not the header of a {_FORMAT}: found {found!r}; "
-                         "open another path, or save it again")
-    version = header.get('version')
-    if version != _VERSION:
-        raise ValueError(f"{file} has version {version}, written by a newer rnnlm: "
-                         f"upgrade (this one reads version {_VERSION})")
-    return raw,header
+def _check_docs(docs, n, file):
+    "Raise `ValueError` unless the opened `docs` rise within 0 to `n`-1"
+    if docs is None or not len(docs): return
+    parts = [docs[i:i+CHUNK+1] for i in range(0, len(docs), CHUNK)]
+    rises = all((np.diff(o) > 0).all() for o in parts)
+    if rises and docs[0] >= 0 and docs[-1] < n: return
+    raise damaged(file, f"has documents that do not rise within 0 to {n-1:,}")
 
 # %% ../nbs/00c_store.ipynb #7230e53b
 @patch(cls_method=True)
@@ -213,29 +98,36 @@ def open(cls:TokenStream,
     reach it. Raises `FileNotFoundError` where nothing was saved, `ValueError` for what
     is no stream, was written by a newer rnnlm, was cut off or changed."""
     folder,file = Path(path),Path(path)/'stream.json'
-    raw,header = _read_header(file)
+    which,header = read_header(file)
     try:
-        vocab,sep,tokenizer = L(header['vocab']),header['sep'],header['tokenizer']
-        top,sha256 = header['ids']['max'],header['ids']['sha256']
-        ids,ids_map = _load(folder, header['ids'], verify)
-        docs,docs_map = _load(folder, header['docs'], verify)
-    except (KeyError, TypeError) as e:
-        raise _damaged(file, f"is damaged ({e!r})") from None
+        ids,ids_pages,ids_files = _load(folder, header['ids'], verify)
+        docs,docs_pages,docs_files = _load(folder, header.get('docs'), verify)
     except FileNotFoundError as e:
-        if file.read_bytes() != raw: return cls.open(path, verify)  # replaced meanwhile
+        if read_header(file)[0] != which:  # it was replaced meanwhile
+            return cls.open(path, verify)
         raise FileNotFoundError(f"{e.filename} is missing, though {file} names it; "
                                 "save the stream again") from None
-    if top >= len(vocab):
-        raise _damaged(file, f"has a vocab of {len(vocab)} tokens, but its ids go up "
-                             f"to {top}: they do not belong together")
+    _check_docs(docs, len(ids), file)
     res = object.__new__(cls)
-    maps = tuple(o for o in (ids_map, docs_map) if o is not None)
-    # not in the headers of the first streams
-    marks = {o: header.get(o) for o in ('unk', 'bos', 'eos')}
-    res.__dict__.update(ids=torch.from_numpy(ids), vocab=vocab, sep=sep, docs=docs,
-                        tokenizer=tokenizer, **marks, _maps=maps, _sha256=sha256,
+    pages = tuple(o for o in (ids_pages, docs_pages) if o is not None)
+    # `unk`, `bos` and `eos` are not in the headers of the first streams
+    texts = {o: header.get(o) for o in ('sep', 'tokenizer', 'unk', 'bos', 'eos')}
+    res.__dict__.update(ids=torch.from_numpy(ids), vocab=L(header['vocab']), docs=docs,
+                        **texts, _maps=pages, _files=(*ids_files, *docs_files),
+                        _sha256=header['ids']['sha256'], is_checked=verify,
                         _of_vocab={})
     return res
+
+@patch
+def check_files(self:TokenStream):
+    "Raise `ValueError` if a file of an opened stream was cut off since"
+    check_sizes(self._files)
+
+@patch
+def check_range(self:TokenStream):
+    "Read all ids; raises `ValueError` unless they lie within the vocab"
+    for i in range(0, len(self), CHUNK): check_ids(self.ids[i:i+CHUNK], len(self.vocab))
+    self.is_checked = True
 
 # %% ../nbs/00c_store.ipynb #57cd7847
 @patch

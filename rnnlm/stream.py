@@ -85,6 +85,8 @@ class TokenStream:
     tokenizer = None
     unk = bos = eos = None
     _maps = ()  # memory maps, if opened from disk
+    _files = ()  # their names and sizes
+    is_checked = True  # were all ids looked at?
     _sha256 = None  # the checksum of `ids`, once it is known
 
     def __init__(self,
@@ -172,7 +174,7 @@ def __getstate__(self:TokenStream):
     "These tokens alone, not the memory they are a slice of"
     docs = None if self.docs is None else self.docs.copy()
     return dict(self.__dict__, ids=self.ids.numpy().copy(), docs=docs, _maps=(),
-                _of_vocab={})
+                _files=(), _of_vocab={})
 
 @patch
 def __setstate__(self:TokenStream, state):
@@ -184,7 +186,7 @@ def new_empty(self:TokenStream) -> TokenStream:
     "A stream of the same vocab and no token, for `new_empty` and `export` of fastai"
     docs = None if self.docs is None else self.docs[:0].copy()
     res = self._with(self.ids[:0].clone(), docs)
-    res._maps = ()
+    res._maps = res._files = ()
     return res
 
 # %% ../nbs/00a_stream.ipynb #d1817e00

@@ -19,7 +19,9 @@ from .documents import check_docs, check_text
 from .encode import FixedIds, NewIds, encode_all, prepare_tokenizer
 from .files import Files, find_files
 from .pieces import read_pieces
-from .store import CHUNK, commit, ids_dtype, writing
+from .store import CHUNK
+from .stream import ids_dtype
+from .writer import commit, writing
 from .new_text import TokenStream  # with encode
 
 # %% ../nbs/00b_text.ipynb #255ccb35
