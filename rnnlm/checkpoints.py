@@ -72,7 +72,8 @@ def read_newest(
     folder, # Where the checkpoints are
     device='cpu' # For tensors that were not on the CPU
 ) -> dict: # The data, None where there is no checkpoint
-    """The data of the newest checkpoint that is whole; warns of newer ones that are not.
+    """The data of the newest checkpoint that is whole; warns of newer ones that are
+    not.
 
     Raises `ValueError` if none of them is whole."""
     folder = Path(folder).expanduser()

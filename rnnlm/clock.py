@@ -8,10 +8,11 @@ __all__ = ['TimeBudget']
 # %% ../nbs/06e_clock.ipynb #clk02
 import math, time
 from numbers import Real
-from fastai.callback.core import Callback, CancelFitException, CancelTrainException
+from fastai.callback.core import CancelFitException, CancelTrainException
+from .guard import EndsFit
 
 # %% ../nbs/06e_clock.ipynb #clk05
-class TimeBudget(Callback):
+class TimeBudget(EndsFit):
     """Ends a fit after so many minutes of training; its schedule follows the clock.
 
     Given to any fit of fastai, with an `n_epoch` that is more than will fit in:
@@ -28,13 +29,12 @@ class TimeBudget(Callback):
     ):
         self.minutes = check_minutes(minutes)
         self.clock = clock or time.perf_counter
-        self.why = None  # the error that ends the fit
 
     def before_fit(self):
         self.seconds = 0.  # of training, in the epochs that are over
         self.n_batches = 0
         self.is_over = False
-        self.epoch_began = self.why = None
+        self.epoch_began = None
     def before_epoch(self):
         if self.is_over: raise CancelFitException
     def before_train(self): self.epoch_began = self.clock()
@@ -57,20 +57,12 @@ class TimeBudget(Callback):
         if self.n_batches > 1: return
         needed = 2*self.elapsed/60  # the schedule has a first batch and a last
         if needed <= self.minutes: return
-        self.why = too_few_minutes(self.minutes, needed)
-        raise CancelFitException
-
-    def __call__(self, event_name):
-        super().__call__(event_name)
-        if event_name != 'after_fit' or self.why is None: return
-        raise self.why  # here, where fastai puts no words of its own before the error's
+        self.end(too_few_minutes(self.minutes, needed))
 
     def state_dict(self):
-        "How far the clock has come, for a checkpoint"
         return dict(seconds=self.elapsed, n_batches=self.n_batches,
                     is_over=self.is_over)
     def load_state_dict(self, state):
-        "Go on with the time that `state_dict` has left"
         self.seconds,self.is_over = state['seconds'],state['is_over']
         self.n_batches = state['n_batches']
         self.epoch_began = self.clock()

@@ -21,6 +21,22 @@ class Terminated(SystemExit):
         super().__init__(*args)
         self.code = 128 + signal.SIGTERM
 
+# %% ../nbs/02f_guard.ipynb #endsf
+class EndsFit(Callback):
+    "A callback that may end a fit with an error"
+    why = None  # the error that ends the fit
+
+    def end(self, why):
+        "End the fit by fastai's own way, so that the other callbacks finish their work"
+        self.why = why
+        raise CancelFitException
+
+    def __call__(self, event_name):
+        super().__call__(event_name)
+        if event_name != 'after_fit' or self.why is None: return
+        why,self.why = self.why,None
+        raise why  # here, where fastai puts no words of its own before the error's
+
 # %% ../nbs/02f_guard.ipynb #6f629996
 class GoodWeights:
     "The weights of a model, as they were when its loss was last a usual one"
@@ -53,7 +69,7 @@ class GoodWeights:
     def model_is_finite(self): return all(o.isfinite().all() for o in self.tensors)
 
 # %% ../nbs/02f_guard.ipynb #70440dbb
-class FitGuard(Callback):
+class FitGuard(EndsFit):
     """Ends a fit when the loss of a batch is NaN or infinite, with the last good
     weights.
 
@@ -64,7 +80,7 @@ class FitGuard(Callback):
     order = 100  # after what changes the loss, counts the batch or ends the fit
     busy = False  # is a fit going on?
     asked = None  # the exception of a signal that asks for the end
-    fitted = why = None  # the learner of the last fit, and what ends it
+    fitted = None  # the learner of the last fit
     good = None  # the weights that are kept during a fit
     n_steps = 0  # batches of training, in this fit
 
@@ -108,11 +124,6 @@ class FitGuard(Callback):
         return (f'{self.n_steps:,} steps, in epoch {self.epoch+1}, batch {self.iter+1} '
                 f'of {self.n_iter}')
 
-    def end(self, why):
-        "End the fit by fastai's own way, so that the other callbacks finish their work"
-        self.why = why
-        raise CancelFitException
-
     def after_fit(self): self.busy,self.good = False,None
 
     def state_dict(self):
@@ -125,11 +136,6 @@ class FitGuard(Callback):
         self.good.keep()
         self.good.loss,self.good.mean = state['loss'],state['mean']
 
-    def __call__(self, event_name):
-        super().__call__(event_name)
-        if event_name != 'after_fit' or self.why is None: return
-        why,self.why = self.why,None
-        raise why  # here, where fastai puts no words of its own before the error's
 
 # %% ../nbs/02f_guard.ipynb #b8641a63
 @contextmanager

@@ -42,7 +42,8 @@ def _fault_of_entry(o, is_needed):
     "What is wrong with the entry `o` of an array; None if it is right"
     if o is None and not is_needed: return None
     if not isinstance(o, dict): return f"is {o!r:.40}"
-    if o.get('dtype') not in DTYPES: return f"has the unknown dtype {o.get('dtype')!r:.40}"
+    dtype = o.get('dtype')
+    if dtype not in DTYPES: return f"has the unknown dtype {dtype!r:.40}"
     parts = parts_of(o)
     if not isinstance(parts, list) or not parts or not all(map(_is_part, parts)):
         return f"has a part that is none of ours, of the files {_names(parts)}"
@@ -51,6 +52,7 @@ def _fault_of_entry(o, is_needed):
         return None
     return "does not fit its files"
 
+# %% ../nbs/00c_header.ipynb #hdr05zz
 def _names(parts):
     "The names of the files that `parts` speak of, for an error"
     if not isinstance(parts, list): return f'{parts!r:.40}'
@@ -90,20 +92,20 @@ def _fault_of_tokenizer(tokenizer):
 def read_header(
     file:Path # A `stream.json`
 ) -> tuple: # What tells this file from one that replaces it, and the header
-    """Raises `FileNotFoundError` where there is none, `ValueError` for what is no header,
-    that of a newer version, or a damaged one."""
+    """Raises `FileNotFoundError` where there is none, `ValueError` for what is no
+    header, that of a newer version, or a damaged one."""
     try: which,header = read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{file} does not exist: no stream was saved at "
                                 f"{file.parent}") from None
     found = header.get('format') if isinstance(header, dict) else header
     if found != FORMAT:
-        raise ValueError(f"{file} is not the header of a {FORMAT}: found {found!r:.40}; "
-                         "open another path, or save it again")
+        raise ValueError(f"{file} is not the header of a {FORMAT}: found "
+                         f"{found!r:.40}; open another path, or save it again")
     version = header.get('version')
     if type(version) is not int or not 1 <= version <= VERSION:
-        raise ValueError(f"{file} has version {version!r:.40}, written by a newer rnnlm: "
-                         f"upgrade (this one reads version {VERSION})")
+        raise ValueError(f"{file} has version {version!r:.40}, written by a newer "
+                         f"rnnlm: upgrade (this one reads version {VERSION})")
     fault = _fault(header)
     if fault: raise damaged(file, fault)
     return which,header

@@ -119,6 +119,14 @@ class LineLayout:
         names = 'sl stride drop_last whole sl_std shift seed'.split()
         return {k: getattr(self, k) for k in names} | dict(bs=self.global_bs)
 
+# %% ../nbs/00d_layout.ipynb #plchk
+def _check_whole(name, n, most=None):
+    "Raise `ValueError` unless `n` of a saved place is a whole number from 0 to `most`"
+    if type(n) is int and n >= 0 and (most is None or n <= most): return
+    end = 'on' if most is None else f'to {most}, the batches of the epoch'
+    raise ValueError(f"{name} of a state must be a whole number from 0 {end}, got "
+                     f"{n!r}: give what state_dict gave")
+
 # %% ../nbs/00d_layout.ipynb #2cebec0b
 class LinePlace(LineLayout):
     "A `LineLayout` and a place in it, to leave and come back to"
@@ -171,18 +179,13 @@ class LinePlace(LineLayout):
             raise ValueError(f"state was saved for {k}={saved_for.get(k)!r}, and this "
                              f"loader has {k}={v!r}: make the loader as it was, or "
                              "start from the beginning of an epoch")
-        for k in 'epoch', 'batch':
-            if type(state.get(k)) is int and state[k] >= 0: continue
-            raise ValueError(f"{k} of a state must be a whole number from 0 on, got "
-                             f"{state.get(k)!r}: give what state_dict gave")
+        _check_whole('epoch', state.get('epoch'))
         before = self.epoch
         self.lay_out(state['epoch'])
-        if state['batch'] > len(self):
-            n = len(self)
+        try: _check_whole('batch', state.get('batch'), len(self))
+        except ValueError:
             self.lay_out(before)
-            raise ValueError(f"batch of a state must be at most {n}, the batches of "
-                             f"the epoch, got {state['batch']}: give what state_dict "
-                             "gave")
+            raise
         self.batch = state['batch']
         self.resume_at = self.batch
         self.n_loads += 1

@@ -9,7 +9,6 @@ __all__ = ['LeanLearner', 'TokenLearner', 'RNNLearner', 'rnn_learner', 'lm_loss'
 from contextlib import contextmanager
 from functools import partial
 import torch
-from fastai.callback.core import CancelEpochException
 from fastai.callback.schedule import ParamScheduler  # gives `Learner` its fit_one_cycle
 from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.torch_core import defaults, nested_reorder
@@ -23,11 +22,11 @@ from .arguments import fastai_opt, keeps_graph, token_loss
 from .callback import LengthLR, StateResetter
 from .core import find_stateful
 from .generate import predict_words
-from .guard import FitGuard, ends_on_sigterm
+from .guard import FitGuard
 from .machine import few_threads, n_parameters, room_for_graphs
 from .metrics import PredRows, lm_loss, per_token
 from .optim import ForeachAdam, fused_adam
-from .nested import in_fit, refuse_within
+from .nested import OneFit
 from .outputs import with_outputs
 from .recorder import TokenRecorder
 
@@ -83,7 +82,7 @@ def read_once(
     return dl.new(stride=None) if overlaps(dl) else dl
 
 # %% ../nbs/02a_learner.ipynb #c8e34138
-class TokenLearner(LeanLearner):
+class TokenLearner(OneFit, LeanLearner):
     "A `LeanLearner` whose losses, metrics and predictions are those of single tokens"
     def __init__(self, *args, cbs=None, default_cbs:bool=True, **kwargs):
         own = {Recorder: TokenRecorder, CastToTensor: QuickCast}
@@ -162,28 +161,7 @@ class RNNLearner(TokenLearner):
         "fastai's; brings `TBPTT` if `dls` was exchanged for one whose windows overlap"
         cbs = L(with_outputs(cbs, self.model, self.cbs))
         check_callbacks(self.cbs+cbs, self.model)
-        cbs += self._for_overlap(self.cbs+cbs)
-        refuse_within(self, 'fit')
-        super().fit(n_epoch, lr, wd, cbs=cbs, **kwargs)
-
-    def _do_fit(self):
-        self.opt.zero_grad()  # of a fit that was broken off
-        self.first_epoch = 0
-        self('before_epochs')  # no event of fastai: a `Checkpoint` may set another one
-        with in_fit(self), ends_on_sigterm(self):
-            for epoch in range(self.first_epoch, self.n_epoch):
-                self.epoch = epoch
-                self._with_events(self._do_epoch, 'epoch', CancelEpochException)
-
-    def all_batches(self):
-        "fastai's, but that a loader may go on in the middle of an epoch"
-        self.n_iter = len(self.dl)
-        first = getattr(self.dl, 'resume_at', 0)
-        for i,b in enumerate(self.dl, first): self.one_batch(i, b)
-
-    def validation_context(self, cbs=None, inner=False):
-        if not inner: refuse_within(self, 'validate or get_preds')
-        return super().validation_context(cbs, inner)
+        super().fit(n_epoch, lr, wd, cbs=cbs+self._for_overlap(self.cbs+cbs), **kwargs)
 
     def _for_overlap(self, cbs):
         "The callback that windows which overlap need, if it is not among `cbs`"

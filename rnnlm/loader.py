@@ -29,6 +29,14 @@ def _another_place():
     return RuntimeError("load_state_dict was called during a pass over the loader, "
                         "which can't go on: begin another one")
 
+def _checked(batches, vocab_sz):
+    "`batches` whose ids are in the vocab: they come from a file, as they are"
+    for batch in batches:
+        targets = batch[-1]
+        for ids in batch[0], targets[targets != -100]:
+            if ids.numel(): check_ids(ids, vocab_sz, 'the stream')
+        yield batch
+
 def _copy_to(device, ids):
     "The whole of `ids` on `device`; None, and a warning, if there is no room"
     try: return ids.to(device)
@@ -66,17 +74,10 @@ class LineDL(LinePlace, TfmdDL):
         device = self.device
         docs = self.dataset.docs if self.begins else None
         batches = cut_batches(self, ids, self.target, docs, start)
-        if not self.dataset.is_checked: batches = map(self._checked, batches)
+        if not self.dataset.is_checked: batches = _checked(batches, len(self.dataset.vocab))
         if device is None or (docs is None and device.type == ids.device.type):
             return batches
         return (_send(batch, device) for batch in batches)
-
-    def _checked(self, batch):
-        "`batch`, if all its ids are in the vocab; they come from a file nobody looked at"
-        targets = batch[-1]
-        for ids in batch[0], targets[targets != -100]:
-            if ids.numel(): check_ids(ids, len(self.dataset.vocab), 'the stream')
-        return batch
 
     def __iter__(self):
         self.dataset.check_files()

@@ -12,21 +12,23 @@ import numpy as np
 # %% ../nbs/00c_mapped.ipynb #map05
 PAGE = 2**16  # bytes: a multiple of the pages of all systems
 
+# private: a change stays in this process; and no memory is set aside for changes
+LINUX_NO_RESERVE = 0x4000 if sys.platform == 'linux' else 0
+PRIVATE = getattr(mmap, 'MAP_PRIVATE', 0) | LINUX_NO_RESERVE
+
 def _reserve(n_bytes):
     "Addresses of `n_bytes`, without memory"
-    no_reserve = getattr(mmap, 'MAP_NORESERVE', 0x4000 if sys.platform == 'linux' else 0)
-    return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return mmap.mmap(-1, n_bytes, flags=PRIVATE | mmap.MAP_ANONYMOUS)
 
 def _place(f, n_bytes, address):
-    "Map the open file `f` to an address; a change to it stays in this process"
+    "Map the open file `f` to an address"
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int,
                           ctypes.c_int, ctypes.c_long]
     fixed = 0x10  # MAP_FIXED, on Linux, macOS and the BSDs
-    no_reserve = getattr(mmap, 'MAP_NORESERVE', 0x4000 if sys.platform == 'linux' else 0)
     got = libc.mmap(address, n_bytes, mmap.PROT_READ | mmap.PROT_WRITE,
-                    mmap.MAP_PRIVATE | fixed | no_reserve, f.fileno(), 0)
+                    PRIVATE | fixed, f.fileno(), 0)
     if got == address: return
     raise OSError(ctypes.get_errno(), f'{f.name} could not be mapped')
 

@@ -83,8 +83,7 @@ class ProgressLine(Callback):
         self.logger_before,self.learn.logger = self.learn.logger,noop
         self.start = time.perf_counter()
         self.began_at = 0.  # the share of the fit that an earlier process has done
-        self.n_tokens = 0
-        self.seconds = 0  # in training
+        self.n_tokens = self.seconds = 0  # in training
         self.drawn = self.start  # when a line was written last
         self.tenth = 0  # of the way
 
@@ -125,8 +124,7 @@ class ProgressLine(Callback):
         self.drawn = time.perf_counter()
         self.lines.write(f"epoch {self.epoch+1}: {', '.join(parts)}")
 
-    # speed and time are those of this process, not of one that a fit goes on from
-    def state_dict(self): return {}
+    def state_dict(self): return {}  # speed and time are those of this process
     def load_state_dict(self, state): self.began_at = self.learn.pct_train
 
     def after_fit(self):

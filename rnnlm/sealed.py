@@ -18,14 +18,15 @@ def open_file(
 ): # The open file, for its bytes
     """`path`, opened for reading.
 
-    Raises `FileNotFoundError` where there is none, and `ValueError` for anything that is
-    no regular file: a link, a folder, a pipe, a device."""
+    Raises `FileNotFoundError` where there is none, and `ValueError` for anything that
+    is no regular file: a link, a folder, a pipe, a device."""
     flags = os.O_RDONLY | _flag('O_NOFOLLOW') | _flag('O_NONBLOCK') | _flag('O_BINARY')
     try: fd = os.open(path, flags)
     except OSError as e:
         if e.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR): raise
         raise _no_file(path) from None
-    if stat.S_ISREG(os.fstat(fd).st_mode): return open(path, 'rb', opener=lambda *_: fd)
+    is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+    if is_file: return open(path, 'rb', opener=lambda *_: fd)
     os.close(fd)
     raise _no_file(path)
 

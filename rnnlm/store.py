@@ -33,8 +33,8 @@ def save(self:TokenStream,
     `RuntimeError` if another process is writing `path`; after a failure `path` is as
     before."""
     if check_int('file_tokens', file_tokens) % PAGE:
-        raise ValueError(f"file_tokens must be a multiple of {PAGE:,}, so that each file "
-                         f"ends with a page of memory, got {file_tokens:,}")
+        raise ValueError(f"file_tokens must be a multiple of {PAGE:,}, so that each "
+                         f"file ends with a page of memory, got {file_tokens:,}")
     if len(self) == 0: raise ValueError("ids is empty: nothing to save")
     for t in self.vocab:
         if not isinstance(t, str):

@@ -82,10 +82,8 @@ class TokenStream:
     opened from disk: use `.long()` on slices. `docs` is a sorted int64 array or None.
     `tokenizer` is 'words', 'chars', the JSON of one of Hugging Face or fastai, or None
     (not known); `unk`, `bos` and `eos` are its tokens for these, None for none."""
-    tokenizer = None
-    unk = bos = eos = None
-    _maps = ()  # memory maps, if opened from disk
-    _files = ()  # their names and sizes
+    tokenizer = unk = bos = eos = None
+    _maps = _files = ()  # memory maps, and their files, if opened from disk
     is_checked = True  # were all ids looked at?
     _sha256 = None  # the checksum of `ids`, once it is known
 

@@ -13,6 +13,7 @@ from rnnlm.lm import RNNLM
 from rnnlm.manifest import write_folder
 from rnnlm.models import LMModel2, LMModel3
 from rnnlm.text import TokenStream
+from rnnlm.sealed import sealed
 
 torch.set_num_threads(1)
 TEXT = 'one two three. one two four. five two one!'
@@ -34,13 +35,16 @@ def rewrite(folder, name, change):
     config = json.loads((folder/'config.json').read_text())
     entry = dict(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
     config['files'][name] = entry
-    (folder/'config.json').write_text(json.dumps(config))
+    config.pop('check')
+    (folder/'config.json').write_text(json.dumps(sealed(config)))
 
 def edit(file, old, new):
-    "Change a text file by hand"
+    "Change a text in a JSON file, and its checksum, as somebody sly would"
     text = file.read_text()
     assert old in text
-    file.write_text(text.replace(old, new))
+    config = json.loads(text.replace(old, new))
+    config.pop('check')
+    file.write_text(json.dumps(sealed(config)))
 
 # what comes back
 

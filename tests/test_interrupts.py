@@ -1,4 +1,4 @@
-"""What ends a fit in its middle leaves nothing behind that the next one would notice."""
+"""What ends a fit in its middle leaves nothing behind that the next one notices."""
 import random
 from copy import deepcopy
 import pytest, torch
@@ -17,9 +17,9 @@ def lm_learner(model=None, bs=32, sl=16, **kw):
 def quiet(learn, name, *args, **kw):
     with learn.no_bar(), learn.no_logging(): return getattr(learn, name)(*args, **kw)
 
-EVENTS = ('before_fit before_epoch before_train before_batch after_pred after_loss '
-          'before_backward after_backward before_step after_step after_batch after_train '
-          'before_validate after_validate after_epoch').split()
+EVENTS = '''before_fit before_epoch before_train before_batch after_pred after_loss
+before_backward after_backward before_step after_step after_batch after_train
+before_validate after_validate after_epoch'''.split()
 
 class Interrupt(Callback):
     "Raises at an event, when so many batches were begun"
@@ -79,7 +79,8 @@ def test_gradients_of_a_broken_off_batch_are_not_added():
     learn = lm_learner()
     quiet(learn, 'fit', 1, 1e-2)
     with pytest.raises(KeyboardInterrupt):
-        quiet(learn, 'fit', 1, 1e-2, cbs=Interrupt('after_backward', KeyboardInterrupt))
+        strike = Interrupt('after_backward', KeyboardInterrupt)
+        quiet(learn, 'fit', 1, 1e-2, cbs=strike)
     assert any(p.grad.any() for p in learn.model.parameters())
     assert next_fit_is_that_of_a_twin(learn, lm_learner)
 
@@ -91,7 +92,8 @@ def test_an_exception_between_the_window_and_the_model():
     quiet(learn, 'fit', 1, 1e-2)
     want = quiet(learn, 'validate')
     with pytest.raises(ValueError):
-        quiet(learn, 'fit', 1, 1e-2, cbs=Interrupt('before_batch', ValueError, order=150))
+        strike = Interrupt('before_batch', ValueError, order=150)
+        quiet(learn, 'fit', 1, 1e-2, cbs=strike)
     assert quiet(learn, 'validate') == want
     assert next_fit_is_that_of_a_twin(learn, make)
 

@@ -1,5 +1,5 @@
-"""A training that is stopped goes on as if it had not been: by an exception, a signal, a
-kill, a full disk, whatever callbacks it has."""
+"""A training that is stopped goes on as if it had not been: by an exception, a signal,
+a kill, a full disk, whatever callbacks it has."""
 import os, signal, subprocess, sys, warnings
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
@@ -219,7 +219,8 @@ def test_a_full_disk(tmp_path):
         assert checkpoint_steps(disk/'run') == [7]
         assert read_newest(disk/'run')['fit']['train_iter'] == 7
         assert sorted(o.name for o in (disk/'run').iterdir()) == ['step-000000007']
-    for p,q in zip(learn.model.parameters(), fit(tmp_path/'run', []).model.parameters()):
+    other = fit(tmp_path/'run', [])
+    for p,q in zip(learn.model.parameters(), other.model.parameters()):
         assert torch.equal(p, q)
 
 # the command
