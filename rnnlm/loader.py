@@ -11,7 +11,6 @@ import pandas as pd, torch
 from fastai.data.core import TfmdDL
 from fastai.torch_core import display_df
 from fastcore.basics import detuplify, patch, store_attr
-from .core import check_ids
 from .layout import LinePlace, cut_batches
 from .text import TokenStream
 
@@ -29,12 +28,12 @@ def _another_place():
     return RuntimeError("load_state_dict was called during a pass over the loader, "
                         "which can't go on: begin another one")
 
-def _checked(batches, vocab_sz):
+def _checked(batches, stream):
     "`batches` whose ids are in the vocab: they come from a file, as they are"
     for batch in batches:
         targets = batch[-1]
         for ids in batch[0], targets[targets != -100]:
-            if ids.numel(): check_ids(ids, vocab_sz, 'the stream')
+            if ids.numel(): stream.check_batch(ids)
         yield batch
 
 def _copy_to(device, ids):
@@ -63,24 +62,24 @@ class LineDL(LinePlace, TfmdDL):
         device = self.device
         if not self.on_device or device in (None, ids.device): return ids
         if device not in self._device_ids:
-            if not self.dataset.is_checked: self.dataset.check_range()
+            self.dataset.check_range()
             self._device_ids = {device: _copy_to(device, ids)}
         copied = self._device_ids[device]
         return ids if copied is None else copied
 
     def _batches(self, start=0):
         "The batches of this epoch from number `start` on, on the loader's device"
+        self.dataset.check_files()
         ids = self._ids()
         device = self.device
         docs = self.dataset.docs if self.begins else None
         batches = cut_batches(self, ids, self.target, docs, start)
-        if not self.dataset.is_checked: batches = _checked(batches, len(self.dataset.vocab))
+        if not self.dataset.is_checked: batches = _checked(batches, self.dataset)
         if device is None or (docs is None and device.type == ids.device.type):
             return batches
         return (_send(batch, device) for batch in batches)
 
     def __iter__(self):
-        self.dataset.check_files()
         start = self.resume_at
         self.resume_at = 0
         self.before_iter()

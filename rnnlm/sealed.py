@@ -48,7 +48,8 @@ MOST_JSON = 2**26  # bytes of a header; a vocab of some five million tokens has 
 
 def _digest(config):
     "The checksum of what a header says, whatever the order and the blanks"
-    text = json.dumps(config, sort_keys=True)
+    said = {k: v for k,v in config.items() if k != 'check'}
+    text = json.dumps(said, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 def sealed(
@@ -57,24 +58,32 @@ def sealed(
     "`config` with its checksum, as `check`"
     return config | dict(check=_digest(config))
 
+def json_from(
+    raw:bytes, # Of a file
+    path # Which one, for the error
+):
+    "What a file says; raises `ValueError` for what is no JSON, or too much of it"
+    if len(raw) > MOST_JSON: raise _too_large(path, len(raw))
+    try: return json.loads(raw)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged: it was cut off or changed "
+                         f"({str(e) or type(e).__name__}); save it again") from None
+
+def _too_large(path, size):
+    return ValueError(f"{path} has {size:,} bytes, and at most {MOST_JSON:,} are read: "
+                      "it is none of ours")
+
 def read_json(
     path # A JSON file
 ) -> tuple: # What tells this file from one that replaces it, and what it says
     """Raises `FileNotFoundError` where there is none, `ValueError` for what is no JSON,
-    too much of it, or has another checksum than it says."""
+    too much of it, or has another `check` than it says. Who needs one asks for it."""
     with open_file(path) as f:
         about = os.fstat(f.fileno())
-        if about.st_size > MOST_JSON:
-            raise ValueError(f"{path} has {about.st_size:,} bytes, and at most "
-                             f"{MOST_JSON:,} are read: it is no header of ours")
-        raw = f.read(MOST_JSON)
-    try: config = json.loads(raw)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged: it was cut off or changed "
-                         f"({str(e) or type(e).__name__}); save it again") from None
-    if isinstance(config, dict) and 'check' in config:
-        check = config.pop('check')
-        if check != _digest(config):
-            raise ValueError(f"{path} has another checksum than it says: it was "
-                             "changed; save it again")
-    return (about.st_ino, about.st_mtime_ns),config
+        if about.st_size > MOST_JSON: raise _too_large(path, about.st_size)
+        config = json_from(f.read(MOST_JSON), path)
+    has_check = isinstance(config, dict) and 'check' in config
+    if not has_check or config['check'] == _digest(config):
+        return (about.st_ino, about.st_mtime_ns),config
+    raise ValueError(f"{path} has another checksum than it says: it was changed; save it "
+                     "again")
