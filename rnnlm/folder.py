@@ -6,7 +6,7 @@
 __all__ = ['load_pretrained', 'load_figures']
 
 # %% ../nbs/06d_folder.ipynb #00bfde8a
-import json, math, reprlib
+import math, reprlib
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
@@ -20,7 +20,7 @@ from .machine import n_parameters
 from .manifest import CONFIG, read_folder, write_folder
 from .models import LMModel2, LMModel3
 from .new_text import TokenStream  # with encode
-from .sealed import MOST_JSON, json_from
+from .sealed import json_bytes, json_from
 from .state import StatefulLM
 
 # %% ../nbs/06d_folder.ipynb #3e463a31
@@ -57,14 +57,6 @@ def _weight_bytes(model):
                for name,o in _weights(model).items()}
     return bytes_of_tensors(tensors, metadata={'format': 'pt'})
 
-def _json_bytes(o, name):
-    "`o` as a file; raises `ValueError` if that is larger than one that is read"
-    text = json.dumps(o, indent=1, ensure_ascii=False)
-    raw = text.encode('utf-8', 'surrogatepass')  # as a stream's header
-    if len(raw) <= MOST_JSON: return raw
-    raise ValueError(f"{name} must have at most {MOST_JSON:,} bytes as JSON, got "
-                     f"{len(raw):,}")
-
 def _vocab_bytes(stream, vocab_sz):
     "What it takes to encode and decode a text as `stream` does"
     if not isinstance(stream, TokenStream):
@@ -79,7 +71,7 @@ def _vocab_bytes(stream, vocab_sz):
                          "trained on")
     marks = {name: getattr(stream, name) for name in _MARKS}
     facts = dict(vocab=[*stream.vocab], sep=stream.sep, tokenizer=stream.tokenizer)
-    return _json_bytes(facts | marks, "the stream's vocab")
+    return json_bytes(facts | marks, "the stream's vocab")
 
 def _plain(o):
     "`o` as JSON can hold it: Python's numbers, and None for NaN and infinity"
@@ -117,7 +109,7 @@ def save_pretrained(self:StatefulLM|LMModel1|LMModel2,
                   config=_arguments(model))
     ours = {_WEIGHTS: _weight_bytes(model)}
     if stream is not None: ours[_VOCAB] = _vocab_bytes(stream, model.vocab_sz)
-    if figures is not None: ours[_FIGURES] = _json_bytes(_plain(figures), 'figures')
+    if figures is not None: ours[_FIGURES] = json_bytes(_plain(figures), 'figures')
     return write_folder(path, config, (files or {}) | ours)
 
 @patch
@@ -189,8 +181,7 @@ def _stream_from(data, file):
     fault = fault_of_texts(facts)
     if fault: raise ValueError(f"{file} {fault}; save it again")
     stream = TokenStream([0], facts['vocab'], facts['sep'])
-    stream.tokenizer = facts['tokenizer']
-    for name in _MARKS: setattr(stream, name, facts[name])
+    for name in 'tokenizer', *_MARKS: setattr(stream, name, facts.get(name))
     return stream.new_empty()
 
 # %% ../nbs/06d_folder.ipynb #f030930a

@@ -9,7 +9,7 @@ __all__ = []
 import json, re, reprlib
 from pathlib import Path
 from .fastai_json import fastai_facts
-from .sealed import MOST_JSON, read_json, sealed
+from .sealed import json_bytes, read_json, sealed
 from .stream import FASTAI, hf_tokenizer, is_hugging_face
 
 # %% ../nbs/00c_header.ipynb #hdr05
@@ -123,11 +123,6 @@ def header_bytes(
     vocab, # Sequence of tokens, all strings
     **parts # All else that the header says
 ) -> bytes:
-    "A header as a file; raises `ValueError` if it is larger than one may be"
-    header = sealed(dict(format=FORMAT, version=VERSION, **parts, vocab=[*vocab]))
-    text = json.dumps(header, indent=1, ensure_ascii=False)
-    raw = text.encode('utf-8', 'surrogatepass')
-    if len(raw) <= MOST_JSON: return raw
-    raise ValueError(f"vocab must fit into a header of {MOST_JSON:,} bytes, and its "
-                     f"{len(vocab):,} tokens make one of {len(raw):,}: encode the text "
-                     "with fewer")
+    "A header as a file; raises `ValueError` if it is larger than one that is read"
+    header = dict(format=FORMAT, version=VERSION, **parts, vocab=[*vocab])
+    return json_bytes(sealed(header), f'vocab, of {len(vocab):,} tokens,')

@@ -6,10 +6,10 @@
 __all__ = []
 
 # %% ../nbs/07b_manifest.ipynb #a0d5ca64
-import ctypes, hashlib, json, os, reprlib, secrets, shutil, sys, tempfile
+import ctypes, hashlib, os, reprlib, secrets, shutil, sys, tempfile
 from contextlib import suppress
 from pathlib import Path
-from .sealed import create_file, open_file, read_json, sealed
+from .sealed import create_file, json_bytes, open_file, read_json, sealed
 
 # %% ../nbs/07b_manifest.ipynb #edb19268
 CONFIG = 'config.json'  # the file that names the others
@@ -89,14 +89,13 @@ def write_folder(
     path = check_target(path)
     sums = {name: dict(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
             for name,data in files.items()}
-    config = sealed(config | dict(files=sums))
-    text = json.dumps(config, indent=1, ensure_ascii=False)
+    raw = json_bytes(sealed(config | dict(files=sums)), 'config')
     new = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
     made = [p for p in path.parents if not p.exists()]
     try:
         new.mkdir(parents=True)
         for name,data in files.items(): _write_file(new/name, data)
-        _write_file(new/CONFIG, text.encode())
+        _write_file(new/CONFIG, raw)
         if path.exists(): _exchange(new, path)
         else: os.rename(new, path)
     finally:

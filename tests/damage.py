@@ -101,43 +101,49 @@ def change(config, rng):
     elif what == 3: o[k] = rng.choice((str, repr, lambda x: [x], lambda x: {'a': x}))(old)
     else: o[k] = values(rng)
 
-def read_config(folder):
-    "The JSON file that is checked by itself, and what it says; None if it can't be read"
-    for name in 'stream.json', 'config.json':
-        file = folder/name
-        if file not in plain_files(folder): continue
-        try: config = json.loads(file.read_bytes())
-        except (ValueError, RecursionError): continue
-        if isinstance(config, dict) and config: return file,config
-    return None,None
+def parsed(text):
+    "The object that is JSON; None if it is none"
+    try: o = json.loads(text)
+    except (ValueError, RecursionError): return None
+    return o if isinstance(o, dict) and o else None
 
 def dump(file, config):
     try: text = json.dumps(config)
     except (ValueError, RecursionError): return  # as a number of 5,000 digits
     file.write_bytes(text.encode('utf-8', 'surrogatepass'))
 
-def edit(folder, rng):
-    file,config = read_config(folder)
-    if config is None: return
-    for _ in range(rng.choice((1, 1, 3))): change(config, rng)
+def edit(file, rng, other):
+    "What a JSON file says, or what JSON in it says, as a tokenizer does; or else a bit"
+    config = parsed(file.read_bytes())
+    if config is None: return flip(file, rng, other)
+    for _ in range(rng.choice((1, 1, 3))):
+        inner = {k: o for k,o in config.items() if isinstance(o, str) and parsed(o)}
+        if inner and rng.random() < .5:
+            k = rng.choice([*inner])
+            o = parsed(config[k])
+            change(o, rng)
+            try: config[k] = json.dumps(o)
+            except (ValueError, RecursionError): pass
+        elif config: change(config, rng)
     dump(file, config)
 
 def refit(folder):
     "Make all checksums and sizes in the config fit the files, as somebody sly would"
-    file,config = read_config(folder)
-    if config is None: return
-    config.pop('check', None)
-    for o,k in [*places(config)]:
-        entry = o[k]
-        if not isinstance(entry, dict) or 'sha256' not in entry: continue
-        named = entry.get('file', k)
-        data = folder/named if isinstance(named, str) and '\0' not in named else None
-        if data not in plain_files(folder): continue
-        entry['sha256'] = hashlib.sha256(data.read_bytes()).hexdigest()
-        if 'bytes' in entry: entry['bytes'] = data.stat().st_size
-    try: config = sealed(config)
-    except (ValueError, RecursionError): return
-    dump(file, config)
+    here = plain_files(folder)
+    for file in here:
+        if file.name not in ('stream.json', 'config.json'): continue
+        config = parsed(file.read_bytes())
+        if config is None: continue
+        for o,k in [*places(config)]:
+            entry = o[k]
+            if not isinstance(entry, dict) or 'sha256' not in entry: continue
+            named = entry.get('file', k)
+            found = [p for p in here if p.name == named]
+            if not found: continue
+            entry['sha256'] = hashlib.sha256(found[0].read_bytes()).hexdigest()
+            if 'bytes' in entry: entry['bytes'] = found[0].stat().st_size
+        try: dump(file, sealed(config))
+        except (ValueError, RecursionError): pass
 
 ON_FILES = (flip, flip, flip, cut, empty, grow, sparse, scribble, scribble, swap, take,
             nested, delete, rename, pipe, folder, unix_socket, link, link)
@@ -153,10 +159,9 @@ def damage(folder, other, rng):
         files = plain_files(folder)
         if not files: break
         how = edit if rng.random() < .4 else rng.choice(ON_FILES)
-        if how is edit: edit(folder, rng)
-        else: how(rng.choice(files), rng, other)
+        how(rng.choice(files), rng, other)
         done.append(how.__name__)
-    if rng.random() < .4:
+    if rng.random() < .5:
         refit(folder)
         done.append('sly')
     return done

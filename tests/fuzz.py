@@ -126,7 +126,8 @@ def read_model(folder):
     model,stream = load_pretrained(folder)
     weights = {k: (v.dtype, v.shape, v.numpy().tobytes())
                for k,v in model.state_dict().items()}
-    kept = stream and (stream.vocab, stream.sep, stream.tokenizer, stream.unk)
+    kept = stream is not None and (
+        [*stream.vocab], stream.sep, stream.tokenizer, stream.unk)
     return dict(kind=type(model), config=model.config, weights=weights, stream=kept,
                 figures=load_figures(folder))
 
