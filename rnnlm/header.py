@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/00c_header.ipynb #hdr02
-import json, re, reprlib
+import re, reprlib
 from pathlib import Path
 from .fastai_json import fastai_facts
 from .sealed import json_bytes, read_json, sealed

@@ -100,7 +100,9 @@ def _read(folder, verify):
     file,last = folder/'stream.json',None
     for _ in range(100):  # as long as it is replaced while it is read
         which,header = read_header(file)
-        try: return header,*(_load(folder, header.get(o), verify) for o in ('ids', 'docs'))
+        # documents are few, and their places would be wrong in silence
+        try: return (header, _load(folder, header['ids'], verify),
+                     _load(folder, header.get('docs'), True))
         except FileNotFoundError as e: missing = e.filename
         if which == last: break
         last = which
