@@ -65,13 +65,20 @@ class GoodWeights:
         "Give the model its good weights back"
         if self.copies: torch._foreach_copy_(self.tensors, self.copies)
 
+    def losses(self):
+        "What is known of the loss, for a checkpoint"
+        return dict(loss=self.loss, mean=self.mean)
+    def go_on(self, loss, mean):
+        "Go on with what `losses` gave, and with the weights as they are"
+        self.keep()
+        self.loss,self.mean = loss,mean
+
     @property
     def model_is_finite(self): return all(o.isfinite().all() for o in self.tensors)
 
 # %% ../nbs/02f_guard.ipynb #70440dbb
 class FitGuard(EndsFit):
-    """Ends a fit when the loss of a batch is NaN or infinite, with the last good
-    weights.
+    """Ends a fit when the loss of a batch is no number, with the last good weights.
 
     Good are those with a loss of at most twice the running mean. Raises `Diverged` with
     the step. SIGTERM and, within `guarded`, Ctrl-C end the fit, too, when the batch is
@@ -89,8 +96,7 @@ class FitGuard(EndsFit):
         self.run = is_last and not hasattr(self.learn, 'lr_finder')
         if not self.run: return
         self.busy,self.fitted = True,self.learn
-        self.asked = None
-        self.n_steps = 0
+        self.asked,self.n_steps = None,0
         self.good = GoodWeights(self.model)
 
     def after_loss(self):
@@ -126,15 +132,10 @@ class FitGuard(EndsFit):
 
     def after_fit(self): self.busy,self.good = False,None
 
-    def state_dict(self):
-        "What the guard knows of the loss, for a checkpoint"
-        if self.good is None: return {}  # it is another one's work
-        return dict(loss=self.good.loss, mean=self.good.mean)
+    # nothing is kept if it is another one that does the work
+    def state_dict(self): return self.good.losses() if self.good else {}
     def load_state_dict(self, state):
-        "Go on with what `state_dict` gave, and with the weights as they are"
-        if not state: return
-        self.good.keep()
-        self.good.loss,self.good.mean = state['loss'],state['mean']
+        if state: self.good.go_on(**state)
 
 
 # %% ../nbs/02f_guard.ipynb #b8641a63

@@ -150,8 +150,7 @@ class LinePlace(LineLayout):
                  f"(epoch {self.epoch}, batch {self.resume_at}); go on there by "
                  f"fit(..., start_epoch={self.epoch})")
         self.lay_out(epoch)
-        self.batch = 0
-        self.resume_at = 0
+        self.batch = self.resume_at = 0
 
     def made_for(self) -> dict:
         "What decides which tokens a batch holds; the same for all shards"
@@ -186,8 +185,7 @@ class LinePlace(LineLayout):
         except ValueError:
             self.lay_out(before)
             raise
-        self.batch = state['batch']
-        self.resume_at = self.batch
+        self.batch = self.resume_at = state['batch']
         self.n_loads += 1
 
 # %% ../nbs/00d_layout.ipynb #689a6fe8

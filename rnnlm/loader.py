@@ -29,21 +29,24 @@ def _another_place():
     return RuntimeError("load_state_dict was called during a pass over the loader, "
                         "which can't go on: begin another one")
 
-def _checked(batches, vocab_sz):
+def _checked(batches, stream):
     "`batches` whose ids are in the vocab: they come from a file, as they are"
     for batch in batches:
         targets = batch[-1]
         for ids in batch[0], targets[targets != -100]:
-            if ids.numel(): check_ids(ids, vocab_sz, 'the stream')
+            if ids.numel(): check_ids(ids, len(stream.vocab), 'the stream')
         yield batch
 
-def _copy_to(device, ids):
-    "The whole of `ids` on `device`; None, and a warning, if there is no room"
+def _copy_to(device, stream):
+    "All ids of `stream` on `device`; without room there, a warning, and as they are"
+    if not stream.is_checked: stream.check_range()
+    ids = stream.ids
     try: return ids.to(device)
     except torch.cuda.OutOfMemoryError:
         size = ids.numel()*ids.element_size()
         warn(f"on_device: no room for the stream's {size:,} bytes on {device}; sending "
              "batches instead")
+        return ids
 
 # %% ../nbs/00d_loader.ipynb #88477a0e
 class LineDL(LinePlace, TfmdDL):
@@ -54,7 +57,6 @@ class LineDL(LinePlace, TfmdDL):
         LinePlace.__init__(self, len(stream)-1, **layout)
         store_attr('target,begins,on_device')
         self._device_ids = {}  # with `on_device`: the ids, by device
-
     n_inp = property(lambda self: 2 if self.begins else 1)
 
     def _ids(self):
@@ -63,18 +65,15 @@ class LineDL(LinePlace, TfmdDL):
         device = self.device
         if not self.on_device or device in (None, ids.device): return ids
         if device not in self._device_ids:
-            if not self.dataset.is_checked: self.dataset.check_range()
-            self._device_ids = {device: _copy_to(device, ids)}
-        copied = self._device_ids[device]
-        return ids if copied is None else copied
+            self._device_ids = {device: _copy_to(device, self.dataset)}
+        return self._device_ids[device]
 
     def _batches(self, start=0):
         "The batches of this epoch from number `start` on, on the loader's device"
-        ids = self._ids()
-        device = self.device
+        ids,device = self._ids(),self.device
         docs = self.dataset.docs if self.begins else None
         batches = cut_batches(self, ids, self.target, docs, start)
-        if not self.dataset.is_checked: batches = _checked(batches, len(self.dataset.vocab))
+        if not self.dataset.is_checked: batches = _checked(batches, self.dataset)
         if device is None or (docs is None and device.type == ids.device.type):
             return batches
         return (_send(batch, device) for batch in batches)
@@ -84,7 +83,6 @@ class LineDL(LinePlace, TfmdDL):
         start = self.resume_at
         self.resume_at = 0
         self.before_iter()
-        has_tfms = len(self.after_batch.fs) > 0
         batch_bytes = self.bs*self.stride*self.dataset.ids.element_size()
         every = 1 + 2**22//batch_bytes  # after 4 MB, pages of a file are given back
         n_loads = self.n_loads
@@ -92,7 +90,7 @@ class LineDL(LinePlace, TfmdDL):
             if self.n_loads != n_loads: raise _another_place()
             self.batch = i
             if i % every == 0: self.dataset.release()
-            yield self.after_batch(batch) if has_tfms else batch
+            yield self.after_batch(batch) if len(self.after_batch.fs) else batch
         self.after_iter()
 
     def one_batch(self):

@@ -36,9 +36,6 @@ class Checkpoint(Callback):
         self.keep = check_int('keep', keep)
         self.resume = resume
 
-    def __repr__(self):
-        return f'Checkpoint({str(self.path)!r}, every={self.every}, keep={self.keep})'
-
     def before_fit(self):
         if isinstance(self.learn, RNNLearner): return
         raise TypeError("Checkpoint needs a learner of rnn_learner, got "
@@ -86,8 +83,8 @@ def check_resume(path, resume):
 
 def not_written(step, e):
     "The warning of a full disk"
-    return (f"the checkpoint after {step:,} batches was not written ({e}); the training "
-            "goes on, and the checkpoints before it are as they were")
+    return (f"the checkpoint after {step:,} batches was not written ({e}); the "
+            "training goes on, and the checkpoints before it are as they were")
 
 def check_place(dl):
     "Raise `TypeError` for a loader that can't go on in the middle of an epoch"
