@@ -81,7 +81,7 @@ class ProgressLine(Callback):
     def before_fit(self):
         if hasattr(self.learn, 'progress'): self.learn.progress.run = False
         self.logger_before,self.learn.logger = self.learn.logger,noop
-        self.start = self.drawn = time.perf_counter()  # a line was drawn last
+        self.since = self.drawn = time.perf_counter()  # a line was drawn last
         self.began_at = 0.  # the share of the fit that an earlier process has done
         self.n_tokens = self.seconds = 0  # in training
         self.tenth = 0  # of the way
@@ -108,7 +108,7 @@ class ProgressLine(Callback):
     def state_of_things(self, now):
         loss = self.smooth_loss.item()
         done = max(self.pct_train-self.began_at, 1e-9)
-        left = (now-self.start)*(1-self.pct_train)/done
+        left = (now-self.since)*(1-self.pct_train)/done
         return (f'{self.pct_train:4.0%}, epoch {self.epoch+1}, '
                 f'{as_clock(max(left, 0))} left: loss {loss:.3f}, '
                 f'perplexity {perplexity_of(loss):.2f}, {self.speed()}')
@@ -118,7 +118,7 @@ class ProgressLine(Callback):
         if not self.has_trained or not self.recorder.values: return
         self.drawn = time.perf_counter()
         parts = [*last_figures(self.recorder), self.speed(),
-                 as_clock(self.drawn-self.start)]
+                 as_clock(self.drawn-self.since)]
         self.lines.write(f"epoch {self.epoch+1}: {', '.join(parts)}")
 
     def state_dict(self): return {}  # speed and time are those of this process

@@ -8,11 +8,13 @@ __all__ = ['Checkpoint']
 # %% ../nbs/08_resume.ipynb #rsm02
 import warnings
 from fastai.callback.core import Callback
+from fastai.torch_core import rank_distrib
 from .checkpoints import checkpoint_steps, read_newest, write_checkpoint
 from .core import check_int
 from .learner import RNNLearner
 from .manifest import check_writable
-from .snapshot import check_settings, memory_of, restore, settings, snapshot
+from .settings import check_settings, settings
+from .snapshot import memory_of, restore, snapshot
 
 # %% ../nbs/08_resume.ipynb #rsm05
 class Checkpoint(Callback):
@@ -54,7 +56,8 @@ class Checkpoint(Callback):
         check_settings(kept.get('settings', {}), self.settings)
         self.found = kept['fit']
         epoch,n = self.found['epoch'],self.found['train_iter']
-        print(f"Going on after {n:,} batches, in epoch {epoch+1}")
+        if not rank_distrib():
+            print(f"Going on after {n:,} batches, in epoch {epoch+1}")
         self.learn.first_epoch = epoch
 
     def before_train(self):
@@ -71,6 +74,7 @@ class Checkpoint(Callback):
         "Write a checkpoint after this batch"
         step = self.train_iter
         data = dict(settings=self.settings, fit=snapshot(self.learn, but=self))
+        if rank_distrib(): return  # the first of several processes writes
         try: write_checkpoint(self.path, step, data, self.keep)
         except OSError as e: warnings.warn(not_written(step, e))
 
