@@ -9,7 +9,7 @@ __all__ = ['LineDL', 'StreamDL']
 from warnings import warn
 import pandas as pd, torch
 from fastai.data.core import TfmdDL
-from fastai.torch_core import display_df
+from fastai.torch_core import display_df, to_detach
 from fastcore.basics import detuplify, patch, store_attr
 from .layout import LinePlace, cut_batches
 from .text import TokenStream
@@ -95,6 +95,10 @@ class LineDL(LinePlace, TfmdDL):
         m = len(self)
         return [i + m*j for i in range(m) for j in range(self.bs)]
 
+    def to_detach(self, b, cpu=True, gather=True):
+        "fastai's, which would gather `b` of all processes: each has its own lines"
+        return to_detach(b, cpu, gather=False)
+
     def made_for(self):
         mine = dict(target=self.target, corpus=self.dataset.fingerprint)
         return super().made_for() | mine
@@ -171,7 +175,7 @@ class StreamDL(LineDL):
 
     def shard(self,
         rank:int, # Number of the process, from 0 on
-        world_size:int # Number of processes; `bs` must be a multiple of it
+        world_size:int # Number of processes, at most the lines
     ): # A `StreamDL`
         "A loader of the rows that one process reads, at the place of this one"
         res = self.new(rank=rank, world_size=world_size)
