@@ -117,7 +117,9 @@ class LineTrainer(DistributedTrainer):
         "The lines of `dl` that this process reads"
         is_whole = hasattr(self.learn, 'gather_preds') or not len(dl)
         if is_whole or dl.world_size == self.n: return dl
-        return dl.shard(self.rank, self.n).to(self.accelerator.device)
+        mine = dl.shard(self.rank, self.n)
+        mine.to(self.accelerator.device)
+        return mine
 
     def _hear(self, why): self.asked = why
 
