@@ -676,6 +676,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'rnnlm.presets': { 'rnnlm.presets.Preset': ('presets.html#preset', 'rnnlm/presets.py'),
                                'rnnlm.presets.Preset.__post_init__': ('presets.html#preset.__post_init__', 'rnnlm/presets.py'),
                                'rnnlm.presets.Preset.change': ('presets.html#preset.change', 'rnnlm/presets.py'),
+                               'rnnlm.presets._all_processes': ('presets.html#_all_processes', 'rnnlm/presets.py'),
                                'rnnlm.presets.check_length': ('presets.html#check_length', 'rnnlm/presets.py'),
                                'rnnlm.presets.fit_preset': ('presets.html#fit_preset', 'rnnlm/presets.py'),
                                'rnnlm.presets.preset_callbacks': ('presets.html#preset_callbacks', 'rnnlm/presets.py'),

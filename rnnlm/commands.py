@@ -10,6 +10,7 @@ import shutil, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
+from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.script import CliError, is_cli
 from .checkpoints import checkpoint_steps
 from .core import check_int
@@ -98,6 +99,9 @@ def train(
     with mistakes('nothing was trained'):
         target,run = _target(save, resume)
         check_seed(seed)
+        if resume and num_distrib() > 1:
+            raise ValueError("resume needs one process, and torchrun has started "
+                             f"{num_distrib()}: begin anew, in another folder")
         for name,size in dict(bs=bs, sl=sl).items():
             if size is not None: check_int(name, size)
         text = read_text(path, tokenizer=tokenizer)
@@ -109,13 +113,15 @@ def train(
     settings = {k: v for k,v in given.items() if v is not None}
 
     def keep(learn):
+        if rank_distrib() > 0: return target  # the first process saves
         figures = settings | dict(text=str(path), prompt=samples.prompt)
         files = {'samples.txt': samples.report().encode(),
                  'run.png': run_picture(learn)}
         files = {name: data for name,data in files.items() if data}
         return learn.save_pretrained(target, figures, files)
 
-    cbs = [ProgressLine(), samples, Checkpoint(run, resume=resume)]
+    cbs = [ProgressLine(), samples]
+    if num_distrib() <= 1: cbs.append(Checkpoint(run, resume=resume))
     try:
         with guarded(keep) as guard: learn = _fit(guard, text, settings, cbs)
     except KeyboardInterrupt:
