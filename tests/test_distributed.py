@@ -218,7 +218,7 @@ def ends(cbs, **kwargs):
         try: learn.fit_one_cycle(2, 1e-2)
         except (Diverged, RuntimeError, Terminated) as e: error = e
     return dict(error=f'{type(error).__name__}: {error}', weights=net.state_dict(),
-                step=learn.train_iter, lrs=learn.recorder.lrs)
+                step=learn.train_iter, lrs=[float(o) for o in learn.recorder.lrs])
 
 def nan(learn): learn.pred = learn.pred*float('nan')
 def sigterm(learn): os.kill(os.getpid(), signal.SIGTERM)
