@@ -57,6 +57,9 @@ def _target(save, resume):
     target = check_target('model' if save is None else save, 'save')
     run = target.with_name(f'{target.name}.checkpoints')
     was_stopped = bool(checkpoint_steps(run))
+    if resume and num_distrib() > 1:
+        raise ValueError("resume needs one process, and torchrun has started "
+                         f"{num_distrib()}: begin anew, in another folder")
     if was_stopped and not resume:
         raise ValueError(f"{run} holds a training that was stopped: give resume "
                          "(--resume) to go on with it, or delete that folder")
@@ -99,9 +102,6 @@ def train(
     with mistakes('nothing was trained'):
         target,run = _target(save, resume)
         check_seed(seed)
-        if resume and num_distrib() > 1:
-            raise ValueError("resume needs one process, and torchrun has started "
-                             f"{num_distrib()}: begin anew, in another folder")
         for name,size in dict(bs=bs, sl=sl).items():
             if size is not None: check_int(name, size)
         text = read_text(path, tokenizer=tokenizer)

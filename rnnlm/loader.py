@@ -95,10 +95,6 @@ class LineDL(LinePlace, TfmdDL):
         m = len(self)
         return [i + m*j for i in range(m) for j in range(self.bs)]
 
-    def to_detach(self, b, cpu=True, gather=True):
-        "fastai's, which would gather `b` of all processes: each has its own lines"
-        return to_detach(b, cpu, gather=False)
-
     def made_for(self):
         mine = dict(target=self.target, corpus=self.dataset.fingerprint)
         return super().made_for() | mine
@@ -189,6 +185,11 @@ class StreamDL(LineDL):
 def vocab(self:StreamDL):
     "The tokens as a list: fastai takes an `L` for a vocab of each input"
     return self.dataset.vocab.items
+
+@patch
+def to_detach(self:StreamDL, b, cpu=True, gather=True):
+    "fastai's, which would gather `b` of all processes: each has its own lines"
+    return to_detach(b, cpu, gather=False)
 
 @patch
 def __repr__(self:StreamDL):
