@@ -126,6 +126,12 @@ class FitGuard(EndsFit):
                           f'weights are the last good ones, {got}; a learning rate '
                           f'below {lr:.3g} or GradientClip may help'))
 
+    def ask(self,
+        why:type # The exception with which to end
+    ):
+        "Ask for the end of the fit, when the batch is done"
+        self.asked = why
+
     def where(self):
         return (f'{self.n_steps:,} steps, in epoch {self.epoch+1}, batch {self.iter+1} '
                 f'of {self.n_iter}')
@@ -136,7 +142,6 @@ class FitGuard(EndsFit):
     def state_dict(self): return self.good.losses() if self.good else {}
     def load_state_dict(self, state):
         if state: self.good.go_on(**state)
-
 
 # %% ../nbs/02f_guard.ipynb #b8641a63
 @contextmanager
@@ -156,7 +161,7 @@ def ends_on_sigterm(
     def ask(*args):
         guards = [o for o in learn._grab_cbs(FitGuard) if o.busy]
         if not guards: raise Terminated
-        guards[-1].asked = Terminated
+        guards[-1].ask(Terminated)
     return _handler(signal.SIGTERM, signal.SIG_DFL, ask)
 
 # %% ../nbs/02f_guard.ipynb #b8641a64
@@ -179,7 +184,7 @@ def guarded(
     guard = FitGuard()
     def ask(*args):
         if guard.asked or not guard.busy: raise KeyboardInterrupt
-        guard.asked = KeyboardInterrupt
+        guard.ask(KeyboardInterrupt)
     with _handler(signal.SIGINT, signal.default_int_handler, ask):
         try: yield guard
         except (KeyboardInterrupt, Terminated, Diverged) as why:

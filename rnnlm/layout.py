@@ -51,11 +51,7 @@ def _check_layout(o):
         raise ValueError("whole reads every token once, so it needs drop_last=False, "
                          f"shift=0 and no stride, got drop_last={o.drop_last}, "
                          f"shift={o.shift}, stride={o.stride}")
-    check_int('world_size', o.world_size)
-    if o.bs % o.world_size:
-        raise ValueError("bs must be a multiple of world_size, so that all processes "
-                         f"read as many lines, got bs={o.bs} and "
-                         f"world_size={o.world_size}")
+    check_int('world_size', o.world_size, o.bs, 'bs, so that each has a line to read')
     if o.rank not in range(o.world_size):
         raise ValueError(f"rank must be from 0 to {o.world_size-1} (world_size less "
                          f"one), got {o.rank!r}")
@@ -81,8 +77,8 @@ class LineLayout:
         if stride is None: self.stride = sl
         if n_targets >= 0: _check_layout(self)
         self.global_bs = self.bs
-        self.bs = self.global_bs//world_size
-        self.first_row = rank*self.bs
+        self.first_row,end = (o*self.global_bs//world_size for o in (rank, rank+1))
+        self.bs = end-self.first_row
         self.lay_out(0)
 
     def lay_out(self,

@@ -9,7 +9,7 @@ __all__ = ['LineDL', 'StreamDL']
 from warnings import warn
 import pandas as pd, torch
 from fastai.data.core import TfmdDL
-from fastai.torch_core import display_df
+from fastai.torch_core import display_df, to_detach
 from fastcore.basics import detuplify, patch, store_attr
 from .core import check_ids
 from .layout import LinePlace, cut_batches
@@ -181,7 +181,7 @@ class StreamDL(LineDL):
 
     def shard(self,
         rank:int, # Number of the process, from 0 on
-        world_size:int # Number of processes; `bs` must be a multiple of it
+        world_size:int # Number of processes, at most the lines
     ): # A `StreamDL`
         "A loader of the rows that one process reads, at the place of this one"
         res = self.new(rank=rank, world_size=world_size)
@@ -195,6 +195,11 @@ class StreamDL(LineDL):
 def vocab(self:StreamDL):
     "The tokens as a list: fastai takes an `L` for a vocab of each input"
     return self.dataset.vocab.items
+
+@patch
+def to_detach(self:StreamDL, b, cpu=True, gather=True):
+    "fastai's, which would gather `b` of all processes: each has its own lines"
+    return to_detach(b, cpu, gather=False)
 
 @patch
 def __repr__(self:StreamDL):

@@ -96,7 +96,7 @@ class ProgressLine(Callback):
         now = time.perf_counter()
         self.seconds += now-self.last
         self.last = now
-        self.n_tokens += self.xb[0].numel()
+        self.n_tokens += self.xb[0].numel()*getattr(self.dl, 'world_size', 1)
         if self.lines.is_terminal and now-self.drawn > .1:
             self.drawn = now
             self.lines.renew(self.state_of_things(now))

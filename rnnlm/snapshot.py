@@ -150,7 +150,7 @@ def memory_of(
     """The module of `model` that remembers.
 
     Raises `TypeError` for one that can be reset, but has no `state` to read and set."""
-    found = find_stateful(model, needs='reset')
+    found = find_stateful(get_model(model), needs='reset')
     if found is None or hasattr(type(found), 'state'): return found
     raise TypeError(f"a checkpoint needs a model whose state can be read and set, and "
                     f"{type(found).__name__} has only reset(): wrap it in AdaptedLM")
