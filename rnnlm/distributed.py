@@ -108,8 +108,7 @@ class LineTrainer(DistributedTrainer):
     for loaders of another kind and for a metric that can't be put together,
     `ValueError` for fewer lines than processes. `get_preds` reads the whole text in
     each process."""
-    old_dls = None  # the loaders of the learner, during a fit
-    guards = clocks = ()
+    old_dls = guards = clocks = ()  # of the learner, during a fit
     def __init__(self,
         sync_bn:bool=True, # As in fastai's `distrib_ctx`
         timeout:float=600., # Seconds to wait for another process before it is an error
@@ -135,14 +134,16 @@ class LineTrainer(DistributedTrainer):
         # else the processes drop the same units of other lines
         if self.rank: torch.manual_seed(int(torch.randint(2**62, ())) + self.rank)
 
-    def after_fit(self): self.undo()
+    def after_fit(self):
+        dist.barrier()  # now all may load what the first has saved
+        self.undo()
 
     def undo(self):
         "Give the learner, its guards and clocks back as they were"
-        if self.old_dls is None: return
+        if not self.old_dls: return
         model = self.learn.model
         if isinstance(model, DistributedDataParallel): self.learn.model = model.module
-        self.learn.dls.loaders,self.old_dls = self.old_dls,None
+        self.learn.dls.loaders,self.old_dls = self.old_dls,()
         for o in self.guards: vars(o).pop('ask', None)
         for o,clock in self.clocks: o.clock = clock
 
@@ -165,10 +166,12 @@ def _wrap_dl(self:LineTrainer, dl):
 
 @patch
 def after_train(self:LineTrainer):
+    "Put together what the processes have counted in training, if they count there"
     if self.recorder.train_metrics: self._gather(self.learn.metrics)
 
 @patch
 def after_validate(self:LineTrainer):
+    "Put together what the processes have counted in validation"
     self._gather([self.recorder.loss, *self.learn.metrics])
 
 @patch
@@ -180,12 +183,11 @@ def _gather(self:LineTrainer, metrics):
 @patch
 def to_distributed(self:RNNLearner,
     sync_bn:bool=True, # As fastai's
-    timeout:float=600., # Seconds to wait for another process before it is an error
-    **kwargs # For accelerate's `Accelerator`
+    **kwargs # For `LineTrainer`
 ):
     "fastai's, with a `LineTrainer`; of one process it makes nothing"
     if num_distrib() <= 1: return self
-    self.add_cb(LineTrainer(sync_bn, timeout, **kwargs))
+    self.add_cb(LineTrainer(sync_bn, **kwargs))
     if rank_distrib() > 0: self.remove_cb(ProgressCallback)
     return self
 
