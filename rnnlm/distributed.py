@@ -240,9 +240,7 @@ def regroup(
     batch_dim:int=0 # The dimension of a state's tensors that counts rows
 ) -> list: # The state of each of them
     """The states of all lines, dealt out to another number of processes as
-    `StreamDL.shard` deals out the lines.
-
-    Raises `ValueError` for fewer lines than processes."""
+    `StreamDL.shard` deals out the lines; raises `ValueError` for fewer lines."""
     if all(o is None for o in states): return [None]*world_size
     whole = join_rows(states, batch_dim)
     n = state_tensors(whole)[0].shape[batch_dim]
