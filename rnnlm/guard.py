@@ -61,8 +61,10 @@ class GoodWeights:
         "Copy the weights as they are"
         if self.copies: torch._foreach_copy_(self.copies, self.tensors)
 
-    def restore(self):
-        "Give the model its good weights back"
+    def restore(self, opt):
+        "Give the model its good weights back; `opt` forgets what led away from them"
+        opt.zero_grad()
+        opt.clear_state()
         if self.copies: torch._foreach_copy_(self.tensors, self.copies)
 
     def losses(self):
@@ -81,9 +83,8 @@ class FitGuard(EndsFit):
     """Ends a fit when the loss of a batch is no number, with the last good weights.
 
     Good are those with a loss of at most twice the running mean. Raises `Diverged` with
-    the step. SIGTERM and, within `guarded`, Ctrl-C end the fit, too, when the batch is
-    done. On a GPU every 64th loss is looked at. `lr_find` is left alone, and of two
-    guards the one that came last does the work."""
+    the step. SIGTERM and, within `guarded`, Ctrl-C end the fit when the batch is done.
+    On a GPU every 64th loss is looked at. Of two guards the last one does the work."""
     order = 100  # after what changes the loss, counts the batch or ends the fit
     busy = False  # is a fit going on?
     asked = None  # the exception of a signal that asks for the end
@@ -117,19 +118,15 @@ class FitGuard(EndsFit):
 
     def go_back(self, what):
         "End the fit with the last good weights"
-        self.good.restore()
-        self.opt.zero_grad()
-        self.opt.clear_state()
+        self.good.restore(self.opt)
         loss,lr = self.good.loss,self.opt.hypers[-1]['lr']
         got = 'of the beginning' if loss is None else f'with a loss of {loss:.4g}'
         self.end(Diverged(f'{what} after {self.where()}: training stopped, and the '
                           f'weights are the last good ones, {got}; a learning rate '
                           f'below {lr:.3g} or GradientClip may help'))
 
-    def ask(self,
-        why:type # The exception with which to end
-    ):
-        "Ask for the end of the fit, when the batch is done"
+    def ask(self, why):
+        "Ask for the end of the fit, with the exception `why`, when the batch is done"
         self.asked = why
 
     def where(self):
@@ -138,7 +135,6 @@ class FitGuard(EndsFit):
 
     def after_fit(self): self.busy,self.good = False,None
 
-    # nothing is kept if it is another one that does the work
     def state_dict(self): return self.good.losses() if self.good else {}
     def load_state_dict(self, state):
         if state: self.good.go_on(**state)

@@ -9,6 +9,7 @@ __all__ = ['Checkpoint']
 import warnings
 from fastai.callback.core import Callback
 from fastai.torch_core import rank_distrib
+from fastcore.basics import noop
 from .checkpoints import checkpoint_steps, read_newest, write_checkpoint
 from .core import check_int
 from .learner import RNNLearner
@@ -50,14 +51,13 @@ class Checkpoint(Callback):
         check_place(self.dls.train)
         memory_of(self.model)  # raises, if its state can't be read
         self.settings = settings(self.learn, but=self)
-        if not checkpoint_steps(self.path): return
-        check_resume(self.path, self.resume)
+        if not goes_on(self.path, self.resume): return
         kept = read_newest(self.path, next(self.model.parameters()).device)
         check_settings(kept.get('settings', {}), self.settings)
         self.found = kept['fit']
         epoch,n = self.found['epoch'],self.found['train_iter']
-        if not rank_distrib():
-            print(f"Going on after {n:,} batches, in epoch {epoch+1}")
+        say = noop if rank_distrib() else print  # the first process speaks for all
+        say(f"Going on after {n:,} batches, in epoch {epoch+1}")
         self.learn.first_epoch = epoch
 
     def before_train(self):
@@ -74,14 +74,15 @@ class Checkpoint(Callback):
         "Write a checkpoint after this batch"
         step = self.train_iter
         data = dict(settings=self.settings, fit=snapshot(self.learn, but=self))
-        if rank_distrib(): return  # the first of several processes writes
+        if rank_distrib(): return  # the first process writes for all
         try: write_checkpoint(self.path, step, data, self.keep)
         except OSError as e: warnings.warn(not_written(step, e))
 
 # %% ../nbs/08_resume.ipynb #rsm06
-def check_resume(path, resume):
-    "Raise `ValueError` for a folder with checkpoints that is not to be gone on with"
-    if resume: return
+def goes_on(path, resume):
+    "Are there checkpoints to go on from? Raises `ValueError` if nobody asked for it"
+    found = bool(checkpoint_steps(path))
+    if resume or not found: return found
     raise ValueError(f"{path} holds the checkpoints of a training: give resume=True to "
                      "go on with it, or another folder")
 

@@ -105,6 +105,7 @@ def regroup(
     return [map_state(lambda o: o.narrow(batch_dim, a, b-a), whole)
             for a,b in zip(starts, starts[1:])]
 
+# %% ../nbs/07e_snapshot.ipynb #snpthis
 def of_this(
     processes:list, # What each process had
     memory # The module that remembers; None without one
@@ -115,8 +116,9 @@ def of_this(
     if n == len(processes): return processes[rank]
     states = [o['memory'] for o in processes]
     dealt = regroup(states, n, getattr(memory, 'batch_dim', 0))
-    drawn = processes[0]['seeds']
-    return dict(memory=dealt[rank], seeds=dict(drawn, torch=another(drawn['torch'], rank)))
+    drawn = dict(processes[0]['seeds'])
+    drawn['torch'] = another(drawn['torch'], rank)
+    return dict(memory=dealt[rank], seeds=drawn)
 
 def another(
     state:torch.Tensor, # Of PyTorch's generator on the CPU
