@@ -785,7 +785,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'rnnlm.resume.Checkpoint.before_train': ('resume.html#checkpoint.before_train', 'rnnlm/resume.py'),
                               'rnnlm.resume.Checkpoint.write': ('resume.html#checkpoint.write', 'rnnlm/resume.py'),
                               'rnnlm.resume.check_place': ('resume.html#check_place', 'rnnlm/resume.py'),
-                              'rnnlm.resume.check_resume': ('resume.html#check_resume', 'rnnlm/resume.py'),
+                              'rnnlm.resume.goes_on': ('resume.html#goes_on', 'rnnlm/resume.py'),
                               'rnnlm.resume.not_written': ('resume.html#not_written', 'rnnlm/resume.py')},
             'rnnlm.sampling': { 'rnnlm.sampling.Draws': ('sampling.html#draws', 'rnnlm/sampling.py'),
                                 'rnnlm.sampling.Draws.__init__': ('sampling.html#draws.__init__', 'rnnlm/sampling.py'),
