@@ -73,11 +73,13 @@ def lm_seqs(
     Raises `TypeError` for floats, which are no tokens, and `TypeError` or `ValueError`
     for an `sl` that is no whole number, below 1 or with no token left to predict, and
     for another `target`. Source: Howard & Gugger 2020, chapter 12."""
+    # without a stream it is not known what the vocab is
+    top = len(ids.vocab) if hasattr(ids, 'vocab') else torch.iinfo(torch.long).max
     ids = torch.as_tensor(getattr(ids, 'ids', ids))
     if ids.ndim != 1 or len(ids) < 2:
         raise ValueError("ids must be 1-D, with 2 tokens at least (x and its target), "
                          f"got shape {tuple(ids.shape)}")
-    check_ids(ids, torch.iinfo(torch.long).max)  # of whatever vocab
+    check_ids(ids, top)
     ids = ids.long()
     sl = check_int('sl', sl, len(ids)-1, f'the {len(ids)} tokens less one target')
     if target not in ('last', 'all'):

@@ -173,6 +173,7 @@ def grad_rms(
     bs = check_int('bs', bs, len(stream)-1, 'the tokens of stream that have a target')
     sl = check_int('sl', sl)
     n = check_int('n', n)
+    stream.check_range()
     with learning_copy(model, 'grad_rms') as m:
         weights = weights_that_train(m)
         squares = [torch.zeros_like(p) for p in weights]
@@ -202,6 +203,7 @@ def choose_dynamic(
 
     A pair with which the loss is no finite number has infinite nats in the table;
     raises `FloatingPointError` if there is no other."""
+    stream.check_range()
     ids = stream.ids.numpy()
     rows = []
     for lr in lrs:

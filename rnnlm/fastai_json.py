@@ -10,6 +10,13 @@ import base64, json, sys, tempfile
 from .stream import FASTAI
 
 # %% ../nbs/00b_fastai_json.ipynb #ced377ec
+CLASSES = dict(BaseTokenizer=dict(split_char=str),
+               SpacyTokenizer=dict(lang=str, special_toks=list),
+               SentencePieceTokenizer=dict(model=str))
+RULES = ('fix_html', 'replace_rep', 'replace_wrep', 'spec_add_spaces',
+         'rm_useless_spaces', 'replace_all_caps', 'replace_maj', 'lowercase',
+         'replace_space')
+
 def _facts(tok, core):
     "The class of a bare tokenizer and what it was made with; None: not known"
     if type(tok) is core.BaseTokenizer:
@@ -57,19 +64,32 @@ def fastai_to_json(
     known = [getattr(core, o, None) for o in names]
     facts = _facts(tokenizer.tok, core)
     if type(tokenizer) is not core.Tokenizer or facts is None: return None
-    if known != [*tokenizer.rules]: return None
+    if known != [*tokenizer.rules] or not set(names) <= set(RULES): return None
     text = json.dumps(facts | dict(rules=names, sep=tokenizer.sep))
     if facts['fastai'] == 'SpacyTokenizer':
         again = fastai_from_json(text).tok
         if not _same_spacy(tokenizer.tok, again): return None
     return text
 
+def fastai_facts(
+    text:str # From `fastai_to_json`
+) -> dict:
+    "What it says; raises `ValueError` if that is no tokenizer of fastai"
+    facts = json.loads(text)
+    about = dict(facts)
+    name,rules,sep = (about.pop(o, None) for o in ('fastai', 'rules', 'sep'))
+    types = {k: type(v) for k,v in about.items()}
+    is_known = name in [*CLASSES] and types == CLASSES[name] and type(sep) is str
+    if is_known and type(rules) is list and all(o in RULES for o in rules): return facts
+    raise ValueError(f"this is no tokenizer of fastai: {text[:60]!r}")
+
 def fastai_from_json(
     text:str # From `fastai_to_json`
 ):
-    "The tokenizer; raises `ImportError` where it needs a package that is missing"
+    """The tokenizer; raises `ValueError` for another JSON, `ImportError` where it needs
+    a package that is missing."""
     import fastai.text.core as core
-    facts = json.loads(text)
+    facts = fastai_facts(text)
     name,rules,sep = (facts.pop(o) for o in ('fastai', 'rules', 'sep'))
     if name == 'SentencePieceTokenizer':
         from sentencepiece import SentencePieceProcessor

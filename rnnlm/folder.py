@@ -6,19 +6,21 @@
 __all__ = ['load_pretrained', 'load_figures']
 
 # %% ../nbs/06d_folder.ipynb #00bfde8a
-import json, math
+import math, reprlib
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from, save as bytes_of_tensors
 from torch import nn
+from .header import fault_of_texts
 from .ladder import LMModel1, LMModel4, LMModel5, LMModel6, LMModel7
 from .lm import RNNLM
 from .machine import n_parameters
 from .manifest import CONFIG, read_folder, write_folder
 from .models import LMModel2, LMModel3
 from .new_text import TokenStream  # with encode
+from .sealed import json_bytes, json_from
 from .state import StatefulLM
 
 # %% ../nbs/06d_folder.ipynb #3e463a31
@@ -55,10 +57,6 @@ def _weight_bytes(model):
                for name,o in _weights(model).items()}
     return bytes_of_tensors(tensors, metadata={'format': 'pt'})
 
-def _json_bytes(o):
-    text = json.dumps(o, indent=1, ensure_ascii=False)
-    return text.encode('utf-8', 'surrogatepass')  # as a stream's header
-
 def _vocab_bytes(stream, vocab_sz):
     "What it takes to encode and decode a text as `stream` does"
     if not isinstance(stream, TokenStream):
@@ -72,8 +70,8 @@ def _vocab_bytes(stream, vocab_sz):
                          f"model one of {vocab_sz}: give the stream that it was "
                          "trained on")
     marks = {name: getattr(stream, name) for name in _MARKS}
-    return _json_bytes(dict(vocab=[*stream.vocab], sep=stream.sep,
-                            tokenizer=stream.tokenizer) | marks)
+    facts = dict(vocab=[*stream.vocab], sep=stream.sep, tokenizer=stream.tokenizer)
+    return json_bytes(facts | marks, "the stream's vocab")
 
 def _plain(o):
     "`o` as JSON can hold it: Python's numbers, and None for NaN and infinity"
@@ -107,11 +105,11 @@ def save_pretrained(self:StatefulLM|LMModel1|LMModel2,
     no name; `ValueError` for a stream with a larger vocab and for a folder that holds
     files of others."""
     model = _storable(self)
-    config = dict(format='rnnlm.Model', version=1, architecture=type(model).__name__,
+    config = dict(format='rnnlm.Model', version=2, architecture=type(model).__name__,
                   config=_arguments(model))
     ours = {_WEIGHTS: _weight_bytes(model)}
     if stream is not None: ours[_VOCAB] = _vocab_bytes(stream, model.vocab_sz)
-    if figures is not None: ours[_FIGURES] = _json_bytes(_plain(figures))
+    if figures is not None: ours[_FIGURES] = json_bytes(_plain(figures), 'figures')
     return write_folder(path, config, (files or {}) | ours)
 
 @patch
@@ -137,7 +135,9 @@ def save_pretrained(self:Learner,
 def _check_sizes(folder, sizes, tensors):
     "Raise `ValueError` unless the `tensors` of a file are those of the model"
     def shape(tensors, name):
-        return tuple(tensors[name].shape) if name in tensors else 'no such tensor'
+        if name not in tensors: return 'no such tensor'
+        shape,dtype = tuple(tensors[name].shape),tensors[name].dtype
+        return shape if dtype.is_floating_point else f'{shape} of {dtype}'
     for name in [*sizes, *tensors]:
         want,got = shape(sizes, name),shape(tensors, name)
         if want == got: continue
@@ -145,18 +145,27 @@ def _check_sizes(folder, sizes, tensors):
                          f"together: {name} is {got} in {_WEIGHTS}, and {CONFIG} asks "
                          f"for {want}; save it again")
 
+def _check_counts(config, n_tensors):
+    "Raise `ValueError` for more layers than there are tensors: they take time to build"
+    for k in 'n_layers', 'ngrams':
+        n = config.get(k, 0)
+        if isinstance(n, int) and n > n_tensors:
+            raise ValueError(f"{k} is {n:.3g}, with {n_tensors} tensors")
+
 def _build(folder, config, tensors):
     "The model of a folder's `config`, with its weights"
     name = config.get('architecture')
-    if name not in ARCHITECTURES:
-        raise ValueError(f"{folder} holds a {name!r}, which is none of "
+    if name not in [*ARCHITECTURES]:
+        raise ValueError(f"{folder} holds a {reprlib.repr(name)}, which is none of "
                          f"{', '.join(ARCHITECTURES)}")
     arch = ARCHITECTURES[name]
     try:
+        _check_counts(config['config'], len(tensors))
         with torch.device('meta'): sizes = _weights(arch(**config['config']))
-    except (KeyError, TypeError, ValueError) as e:
+    # PyTorch's are RuntimeErrors, as that of a size above all integers
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as e:
         raise ValueError(f"{folder} has a config that is not that of a {name}: "
-                         f"{e}") from None
+                         f"{str(e)[:200]}") from None
     _check_sizes(folder, sizes, tensors)
     with torch.random.fork_rng(devices=[]):  # the caller's draws stay as they are
         model = arch(**config['config'])
@@ -165,17 +174,19 @@ def _build(folder, config, tensors):
         for key,weight in _weights(model).items(): weight.copy_(tensors[key])
     return model.eval()
 
-def _stream_from(data):
+def _stream_from(data, file):
     "The empty stream of a `vocab.json`"
-    facts = json.loads(data)
+    facts = json_from(data, file)
+    if not isinstance(facts, dict): raise ValueError(f"{file} is damaged")
+    fault = fault_of_texts(facts)
+    if fault: raise ValueError(f"{file} {fault}; save it again")
     stream = TokenStream([0], facts['vocab'], facts['sep'])
-    stream.tokenizer = facts['tokenizer']
-    for name in _MARKS: setattr(stream, name, facts[name])
+    for name in 'tokenizer', *_MARKS: setattr(stream, name, facts.get(name))
     return stream.new_empty()
 
 # %% ../nbs/06d_folder.ipynb #f030930a
 def _read(folder, names):
-    return read_folder(folder, 'rnnlm.Model', names)
+    return read_folder(folder, 'rnnlm.Model', names, version=2)
 
 def load_pretrained(
     path, # Folder that `save_pretrained` wrote
@@ -186,9 +197,9 @@ def load_pretrained(
     Raises `FileNotFoundError` for a missing folder or file, and `ValueError` for what
     is no model folder, was cut off or changed, or was written by a newer rnnlm."""
     config,files = _read(path, [_WEIGHTS, _VOCAB])
-    try:
-        tensors = tensors_from(files[_WEIGHTS])
-        stream = _stream_from(files[_VOCAB]) if _VOCAB in files else None
+    stream = None
+    if _VOCAB in files: stream = _stream_from(files[_VOCAB], f'{path}/{_VOCAB}')
+    try: tensors = tensors_from(files[_WEIGHTS])
     except (KeyError, TypeError, ValueError, SafetensorError) as e:
         raise ValueError(f"{path} is damaged ({e!r}); save it again") from None
     model = _build(path, config, tensors)
@@ -202,7 +213,9 @@ def load_figures(
 ) -> dict: # Empty if none were saved
     "What was measured while the model of a folder was trained; raises as above"
     _,files = _read(path, [_FIGURES])
-    return json.loads(files.get(_FIGURES, '{}'))
+    figures = json_from(files.get(_FIGURES, b'{}'), f'{path}/{_FIGURES}')
+    if isinstance(figures, dict): return figures
+    raise ValueError(f"{path}/{_FIGURES} is damaged: it holds no figures; save it again")
 
 @patch(cls_method=True)
 def from_pretrained(cls:StatefulLM|LMModel1|LMModel2,

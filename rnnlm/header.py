@@ -6,9 +6,10 @@
 __all__ = []
 
 # %% ../nbs/00c_header.ipynb #hdr02
-import json, re
+import re, reprlib
 from pathlib import Path
-from .sealed import MOST_JSON, read_json, sealed
+from .fastai_json import fastai_facts
+from .sealed import json_bytes, read_json, sealed
 from .stream import FASTAI, hf_tokenizer, is_hugging_face
 
 # %% ../nbs/00c_header.ipynb #hdr05
@@ -41,9 +42,9 @@ def _is_part(o):
 def _fault_of_entry(o, is_needed):
     "What is wrong with the entry `o` of an array; None if it is right"
     if o is None and not is_needed: return None
-    if not isinstance(o, dict): return f"is {o!r:.40}"
+    if not isinstance(o, dict): return f"is {reprlib.repr(o)}"
     dtype = o.get('dtype')
-    if dtype not in DTYPES: return f"has the unknown dtype {dtype!r:.40}"
+    if dtype not in DTYPES: return f"has the unknown dtype {reprlib.repr(dtype)}"
     parts = parts_of(o)
     if not isinstance(parts, list) or not parts or not all(map(_is_part, parts)):
         return f"has a part that is none of ours, of the files {_names(parts)}"
@@ -55,38 +56,45 @@ def _fault_of_entry(o, is_needed):
 # %% ../nbs/00c_header.ipynb #hdr05zz
 def _names(parts):
     "The names of the files that `parts` speak of, for an error"
-    if not isinstance(parts, list): return f'{parts!r:.40}'
-    return str([o.get('file') if isinstance(o, dict) else o for o in parts])[:80]
+    if not isinstance(parts, list): return reprlib.repr(parts)
+    return str([o.get('file') if isinstance(o, dict) else None for o in parts])[:80]
+
+def fault_of_texts(
+    facts # A header's, or all that a model folder knows of its tokens
+) -> str:
+    "What is wrong with the vocab, the tokenizer and the marks; None if all is right"
+    vocab = facts.get('vocab')
+    if not isinstance(vocab, list) or not all(isinstance(o, str) for o in vocab):
+        return "is damaged: its vocab is no list of texts"
+    for k in 'sep', 'tokenizer', 'unk', 'bos', 'eos':
+        value = facts.get(k)
+        if isinstance(value, str) or (value is None and k != 'sep'): continue
+        return f"is damaged: its {k} is {reprlib.repr(value)}"
+    return _fault_of_tokenizer(facts.get('tokenizer'))
+
+def _fault_of_tokenizer(tokenizer):
+    "What is wrong with a `tokenizer` as a stream keeps it; None if it is right"
+    if tokenizer in (None, 'words', 'chars'): return None
+    try:
+        if tokenizer.startswith(FASTAI): fastai_facts(tokenizer)
+        elif is_hugging_face(tokenizer): hf_tokenizer(tokenizer)
+        else: return f"has the unknown tokenizer {reprlib.repr(tokenizer)}"
+    except ImportError: return None  # said when it is needed
+    except (KeyboardInterrupt, SystemExit): raise
+    except BaseException as e:  # the library's errors are of no special kind
+        return f"has a tokenizer that can't be read ({str(e)[:200]})"
 
 def _fault(header):
     "What is wrong with `header`; None if it is right"
     for k in 'ids', 'docs':
         fault = _fault_of_entry(header.get(k), k == 'ids')
         if fault: return f"is damaged: its {k} {fault}"
-    vocab = header.get('vocab')
-    if not isinstance(vocab, list) or not all(isinstance(o, str) for o in vocab):
-        return "is damaged: its vocab is no list of texts"
-    for k in 'sep', 'tokenizer', 'unk', 'bos', 'eos':
-        value = header.get(k)
-        if isinstance(value, str) or (value is None and k != 'sep'): continue
-        return f"is damaged: its {k} is {value!r:.40}"
-    top = header['ids']['max']
-    if top >= len(vocab):
-        return (f"has a vocab of {len(vocab)} tokens, but its ids go up to {top}: they "
-                "do not belong together")
-    return _fault_of_tokenizer(header.get('tokenizer'))
-
-def _fault_of_tokenizer(tokenizer):
-    "What is wrong with a `tokenizer` as a stream keeps it; None if it is right"
-    if tokenizer in (None, 'words', 'chars'): return None
-    try:
-        if tokenizer.startswith(FASTAI): json.loads(tokenizer)
-        elif is_hugging_face(tokenizer): hf_tokenizer(tokenizer)
-        else: return f"has the unknown tokenizer {tokenizer!r:.40}"
-    except ImportError: return None  # said when it is needed
-    except (KeyboardInterrupt, SystemExit): raise
-    except BaseException as e:  # the library's errors are of no special kind
-        return f"has a tokenizer that can't be read ({str(e)[:200]})"
+    fault = fault_of_texts(header)
+    if fault: return fault
+    top,n = header['ids']['max'],len(header['vocab'])
+    if top < n: return None
+    return (f"has a vocab of {n} tokens, but its ids go up to {top}: they do not belong "
+            "together")
 
 # %% ../nbs/00c_header.ipynb #hdr06
 def read_header(
@@ -101,12 +109,13 @@ def read_header(
     found = header.get('format') if isinstance(header, dict) else header
     if found != FORMAT:
         raise ValueError(f"{file} is not the header of a {FORMAT}: found "
-                         f"{found!r:.40}; open another path, or save it again")
+                         f"{reprlib.repr(found)}; open another path, or save it again")
     version = header.get('version')
     if type(version) is not int or not 1 <= version <= VERSION:
-        raise ValueError(f"{file} has version {version!r:.40}, written by a newer "
+        raise ValueError(f"{file} has version {reprlib.repr(version)}, written by a newer "
                          f"rnnlm: upgrade (this one reads version {VERSION})")
     fault = _fault(header)
+    if version > 1 and 'check' not in header: fault = "has no checksum of its own"
     if fault: raise damaged(file, fault)
     return which,header
 
@@ -114,11 +123,6 @@ def header_bytes(
     vocab, # Sequence of tokens, all strings
     **parts # All else that the header says
 ) -> bytes:
-    "A header as a file; raises `ValueError` if it is larger than one may be"
-    header = sealed(dict(format=FORMAT, version=VERSION, **parts, vocab=[*vocab]))
-    text = json.dumps(header, indent=1, ensure_ascii=False)
-    raw = text.encode('utf-8', 'surrogatepass')
-    if len(raw) <= MOST_JSON: return raw
-    raise ValueError(f"vocab must fit into a header of {MOST_JSON:,} bytes, and its "
-                     f"{len(vocab):,} tokens make one of {len(raw):,}: encode the text "
-                     "with fewer")
+    "A header as a file; raises `ValueError` if it is larger than one that is read"
+    header = dict(format=FORMAT, version=VERSION, **parts, vocab=[*vocab])
+    return json_bytes(sealed(header), f'vocab, of {len(vocab):,} tokens,')

@@ -11,7 +11,6 @@ import pandas as pd, torch
 from fastai.data.core import TfmdDL
 from fastai.torch_core import display_df, to_detach
 from fastcore.basics import detuplify, patch, store_attr
-from .core import check_ids
 from .layout import LinePlace, cut_batches
 from .text import TokenStream
 
@@ -34,7 +33,7 @@ def _checked(batches, stream):
     for batch in batches:
         targets = batch[-1]
         for ids in batch[0], targets[targets != -100]:
-            if ids.numel(): check_ids(ids, len(stream.vocab), 'the stream')
+            if ids.numel(): stream.check_batch(ids)
         yield batch
 
 def _copy_to(device, stream):
@@ -70,6 +69,7 @@ class LineDL(LinePlace, TfmdDL):
 
     def _batches(self, start=0):
         "The batches of this epoch from number `start` on, on the loader's device"
+        self.dataset.check_files()
         ids,device = self._ids(),self.device
         docs = self.dataset.docs if self.begins else None
         batches = cut_batches(self, ids, self.target, docs, start)
@@ -79,7 +79,6 @@ class LineDL(LinePlace, TfmdDL):
         return (_send(batch, device) for batch in batches)
 
     def __iter__(self):
-        self.dataset.check_files()
         start = self.resume_at
         self.resume_at = 0
         self.before_iter()

@@ -6,10 +6,10 @@
 __all__ = []
 
 # %% ../nbs/07b_manifest.ipynb #a0d5ca64
-import ctypes, hashlib, json, os, secrets, shutil, sys, tempfile
+import ctypes, hashlib, os, reprlib, secrets, shutil, sys, tempfile
 from contextlib import suppress
 from pathlib import Path
-from .sealed import create_file, open_file, read_json, sealed
+from .sealed import create_file, json_bytes, open_file, read_json, sealed
 
 # %% ../nbs/07b_manifest.ipynb #edb19268
 CONFIG = 'config.json'  # the file that names the others
@@ -89,14 +89,13 @@ def write_folder(
     path = check_target(path)
     sums = {name: dict(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
             for name,data in files.items()}
-    config = sealed(config | dict(files=sums))
-    text = json.dumps(config, indent=1, ensure_ascii=False)
+    raw = json_bytes(sealed(config | dict(files=sums)), 'config')
     new = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
     made = [p for p in path.parents if not p.exists()]
     try:
         new.mkdir(parents=True)
         for name,data in files.items(): _write_file(new/name, data)
-        _write_file(new/CONFIG, text.encode())
+        _write_file(new/CONFIG, raw)
         if path.exists(): _exchange(new, path)
         else: os.rename(new, path)
     finally:
@@ -121,11 +120,14 @@ def read_config(
     found = config.get('format') if isinstance(config, dict) else None
     if found != kind:
         raise ValueError(f"{file} is not the config of a {kind}: its format is "
-                         f"{found!r}; give the folder that save_pretrained wrote")
+                         f"{reprlib.repr(found)}; give the folder that save_pretrained wrote")
     got = config.get('version')
     if type(got) is not int or not 1 <= got <= version:
-        raise ValueError(f"{file} has version {got!r}, written by a newer rnnlm: "
+        raise ValueError(f"{file} has version {reprlib.repr(got)}, written by a newer rnnlm: "
                          f"upgrade it (this one reads version {version})")
+    if got > 1 and 'check' not in config:
+        raise ValueError(f"{file} has no checksum of its own: it was changed; save it "
+                         "again")
     if not isinstance(config.get('files'), dict):
         raise ValueError(f"{file} is damaged: it names no files; save it again")
     return which,config
@@ -140,9 +142,12 @@ def _read_file(file, entry):
                                 "again") from None
     with f:
         found = os.fstat(f.fileno()).st_size
-        data = f.read() if found == size else None
+        try: data = f.read() if found == size else None
+        except MemoryError:
+            raise ValueError(f"{file} has {found:,} bytes, more than there is memory "
+                             "for") from None
     if data is None:
-        raise ValueError(f"{file} has {found:,} bytes, and {CONFIG} says {size!r}: "
+        raise ValueError(f"{file} has {found:,} bytes, and {CONFIG} says {reprlib.repr(size)}: "
                          "it was cut off or changed; save it again")
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"{file} has another checksum than in {CONFIG}: it was "
@@ -159,13 +164,14 @@ def read_folder(
 
     Raises as `read_config` does, and for a file that is missing, was cut off or
     changed."""
-    which,config = read_config(path, kind, version)
-    folder = Path(path).expanduser()
-    try:
-        return config, {name: _read_file(folder/name, config['files'][name])
-                        for name in names if name in config['files']}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        if read_config(path, kind, version)[0] != which:  # it was replaced meanwhile
-            return read_folder(path, kind, names, version)
-        if isinstance(e, (OSError, ValueError)): raise
-        raise ValueError(f"{folder/CONFIG} is damaged ({e!r}); save it again") from None
+    folder,last = Path(path).expanduser(),None
+    for _ in range(100):  # as long as it is replaced while it is read
+        which,config = read_config(path, kind, version)
+        try: return config, {name: _read_file(folder/name, config['files'][name])
+                             for name in names if name in config['files']}
+        except (OSError, ValueError) as e: fault = e
+        except (KeyError, TypeError) as e:
+            fault = ValueError(f"{folder/CONFIG} is damaged ({e!r}); save it again")
+        if which == last: break
+        last = which
+    raise fault

@@ -33,11 +33,13 @@ def _place(f, n_bytes, address):
     raise OSError(ctypes.get_errno(), f'{f.name} could not be mapped')
 
 def map_files(
-    files, # Open files, all but the last a multiple of `PAGE` long
+    files, # Open files, all but the last a multiple of `PAGE` long; asked for in turn
     sizes, # The bytes of each
     dtype:np.dtype # Of the numbers in them
 ) -> tuple: # The array, and its pages: an `mmap`, None where nothing is mapped
-    "Files as one array, in their order; a change to it does not reach them"
+    """Files as one array, in their order; a change to it does not reach them.
+
+    A file may be closed as soon as the next one is asked for."""
     if not sum(sizes): return np.empty(0, dtype),None
     if os.name != 'posix':  # no addresses can be chosen: read into memory
         return np.concatenate([np.frombuffer(f.read(), dtype) for f in files]),None
@@ -55,7 +57,7 @@ def identity(
 ) -> tuple: # Its name, number and size
     "What `check_sizes` compares"
     about = os.fstat(f.fileno())
-    return f.name,about.st_ino,about.st_size
+    return os.path.abspath(f.name),about.st_ino,about.st_size
 
 def check_sizes(
     files # Of mapped files, from `identity`

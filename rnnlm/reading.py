@@ -40,6 +40,7 @@ def token_losses(
 def _read_states(model, text, skip):
     "The states after each token of `text` from `skip` on"
     _check_skip(text, skip)
+    text.check_range()
     with evaluating(model, 'hidden_states') as m, torch.no_grad():
         x = text.ids[None].long().to(next(m.parameters()).device)  # (1, n)
         _,states = read_tokens(m, x, x, None)  # the losses are of no interest here

@@ -210,6 +210,7 @@ def score(
         raise ValueError(f"bs must be 1 with dynamic, got {bs}: side by side, the "
                          "first lines would be read by a model that has seen the later "
                          "ones")
+    text.check_range()
     ids = text.ids.numpy()
     mask = _begins_mask(text, begins, model)
     adapted = None

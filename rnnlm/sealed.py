@@ -44,11 +44,41 @@ def create_file(
     return open(path, 'wb', opener=lambda *_: os.open(path, new, 0o666))
 
 # %% ../nbs/07b_sealed.ipynb #sea10
-MOST_JSON = 2**26  # bytes of a header; a vocab of some five million tokens has room
+MOST_JSON = 2**26  # bytes of a file; a vocab of some five million tokens has room
+MOST_LISTS = 2**20  # brackets in it: an empty list takes 2 bytes, and 60 in memory
 
+def _is_too_large(raw):
+    return len(raw) > MOST_JSON or raw.count(b'[')+raw.count(b'{') > MOST_LISTS
+
+def json_bytes(
+    o, # What JSON can hold
+    name:str # What the error calls it
+) -> bytes:
+    "`o` as a file; raises `ValueError` if that is larger than one that is read"
+    text = json.dumps(o, indent=1, ensure_ascii=False)
+    raw = text.encode('utf-8', 'surrogatepass')
+    if not _is_too_large(raw): return raw
+    raise ValueError(f"{name} must make a file of at most {MOST_JSON:,} bytes and "
+                     f"{MOST_LISTS:,} brackets, got {len(raw):,} bytes")
+
+def json_from(
+    raw:bytes, # Of a file
+    path # Which one, for the error
+):
+    "What a file says; raises `ValueError` for what is no JSON, or too much of it"
+    if _is_too_large(raw):
+        raise ValueError(f"{path} is none of ours: it has more than {MOST_JSON:,} bytes "
+                         f"or {MOST_LISTS:,} brackets")
+    try: return json.loads(raw)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged: it was cut off or changed "
+                         f"({str(e) or type(e).__name__}); save it again") from None
+
+# %% ../nbs/07b_sealed.ipynb #sea10c
 def _digest(config):
     "The checksum of what a header says, whatever the order and the blanks"
-    text = json.dumps(config, sort_keys=True)
+    said = {k: v for k,v in config.items() if k != 'check'}
+    text = json.dumps(said, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 def sealed(
@@ -61,20 +91,12 @@ def read_json(
     path # A JSON file
 ) -> tuple: # What tells this file from one that replaces it, and what it says
     """Raises `FileNotFoundError` where there is none, `ValueError` for what is no JSON,
-    too much of it, or has another checksum than it says."""
+    too much of it, or has another `check` than it says. Who needs one asks for it."""
     with open_file(path) as f:
         about = os.fstat(f.fileno())
-        if about.st_size > MOST_JSON:
-            raise ValueError(f"{path} has {about.st_size:,} bytes, and at most "
-                             f"{MOST_JSON:,} are read: it is no header of ours")
-        raw = f.read(MOST_JSON)
-    try: config = json.loads(raw)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged: it was cut off or changed "
-                         f"({str(e) or type(e).__name__}); save it again") from None
-    if isinstance(config, dict) and 'check' in config:
-        check = config.pop('check')
-        if check != _digest(config):
-            raise ValueError(f"{path} has another checksum than it says: it was "
-                             "changed; save it again")
-    return (about.st_ino, about.st_mtime_ns),config
+        config = json_from(f.read(MOST_JSON+1), path)
+    has_check = isinstance(config, dict) and 'check' in config
+    if not has_check or config['check'] == _digest(config):
+        return (about.st_ino, about.st_mtime_ns),config
+    raise ValueError(f"{path} has another checksum than it says: it was changed; save it "
+                     "again")

@@ -6,8 +6,7 @@
 __all__ = []
 
 # %% ../nbs/00c_store.ipynb #c0570003
-import hashlib, mmap, os
-from contextlib import ExitStack
+import errno, hashlib, mmap, os
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
@@ -59,34 +58,57 @@ def _verify(f, dtype, sha256, top):
     if lo < 0 or hi != top:
         raise damaged(f.name, f"holds {lo} to {hi}, its header says 0 to {top}")
 
+def _check_file(file, part, dtype, verify):
+    "The identity of a file, if it is as its entry `part` in the header says"
+    with open_file(file) as f:
+        found,said = os.fstat(f.fileno()).st_size,part['length']*dtype.itemsize
+        if found != said:
+            raise damaged(file, f"has {found:,} bytes, its header says {said:,}: it was "
+                                "cut off or changed")
+        if verify: _verify(f, dtype, part['sha256'], part['max'])
+        return identity(f)
+
+def _again(folder, parts, known):
+    "The files once more, one open at a time: there may be more than a process may open"
+    for part,before in zip(parts, known):
+        with open_file(folder/part['file']) as f:
+            if identity(f) == before: yield f
+            else: raise FileNotFoundError(errno.ENOENT, 'was replaced', f.name)
+
 def _load(folder, entry, verify):
     "The array of a header's `entry`, its pages, and the identities of its files"
     if entry is None: return None,None,()
-    dtype = np.dtype(entry['dtype'])
-    parts = parts_of(entry)
-    sizes = [o['length']*dtype.itemsize for o in parts]
-    with ExitStack() as opened:
-        files = [opened.enter_context(open_file(folder/o['file'])) for o in parts]
-        for f,size,part in zip(files, sizes, parts):
-            found = os.fstat(f.fileno()).st_size
-            if found != size:
-                raise damaged(f.name, f"has {found:,} bytes, its header says {size:,}: "
-                                      "it was cut off or changed")
-            if size % PAGE and f is not files[-1]:
-                raise damaged(f.name, "does not end with a page of memory")
-            if verify: _verify(f, dtype, part['sha256'], part['max'])
-        array,pages = map_files(files, sizes, dtype)
-        return array,pages,tuple(identity(f) for f in files)
+    dtype,parts = np.dtype(entry['dtype']),parts_of(entry)
+    for part in parts[:-1]:
+        if part['length']*dtype.itemsize % PAGE:
+            raise damaged(folder/part['file'], "does not end with a page of memory")
+    known = [_check_file(folder/o['file'], o, dtype, verify) for o in parts]
+    sizes = [size for *_,size in known]
+    return *map_files(_again(folder, parts, known), sizes, dtype),known
 
 def _check_docs(docs, n, file):
     "Raise `ValueError` unless the opened `docs` rise within 0 to `n`-1"
     if docs is None or not len(docs): return
     parts = [docs[i:i+CHUNK+1] for i in range(0, len(docs), CHUNK)]
-    rises = all((np.diff(o) > 0).all() for o in parts)
+    rises = all((o[1:] > o[:-1]).all() for o in parts)
     if rises and docs[0] >= 0 and docs[-1] < n: return
     raise damaged(file, f"has documents that do not rise within 0 to {n-1:,}")
 
 # %% ../nbs/00c_store.ipynb #7230e53b
+def _read(folder, verify):
+    "A header and its arrays, ids and docs, each with its pages and files"
+    file,last = folder/'stream.json',None
+    for _ in range(100):  # as long as it is replaced while it is read
+        which,header = read_header(file)
+        # documents are few, and their places would be wrong in silence
+        try: return (header, _load(folder, header['ids'], verify),
+                     _load(folder, header.get('docs'), True))
+        except FileNotFoundError as e: missing = e.filename
+        if which == last: break
+        last = which
+    raise FileNotFoundError(f"{missing} is missing, though {file} names it; save the "
+                            "stream again")
+
 @patch(cls_method=True)
 def open(cls:TokenStream,
     path, # Folder that `save`, or a `from_` method with a `path`, wrote
@@ -97,17 +119,9 @@ def open(cls:TokenStream,
     `ids` keep the dtype of the file (uint8, uint16 or int32); a change to them does not
     reach it. Raises `FileNotFoundError` where nothing was saved, `ValueError` for what
     is no stream, was written by a newer rnnlm, was cut off or changed."""
-    folder,file = Path(path),Path(path)/'stream.json'
-    which,header = read_header(file)
-    try:
-        ids,ids_pages,ids_files = _load(folder, header['ids'], verify)
-        docs,docs_pages,docs_files = _load(folder, header.get('docs'), verify)
-    except FileNotFoundError as e:
-        if read_header(file)[0] != which:  # it was replaced meanwhile
-            return cls.open(path, verify)
-        raise FileNotFoundError(f"{e.filename} is missing, though {file} names it; "
-                                "save the stream again") from None
-    _check_docs(docs, len(ids), file)
+    header,ids,docs = _read(Path(path), verify)
+    (ids,ids_pages,ids_files),(docs,docs_pages,docs_files) = ids,docs
+    _check_docs(docs, len(ids), Path(path)/'stream.json')
     res = object.__new__(cls)
     pages = tuple(o for o in (ids_pages, docs_pages) if o is not None)
     # `unk`, `bos` and `eos` are not in the headers of the first streams
@@ -124,9 +138,20 @@ def check_files(self:TokenStream):
     check_sizes(self._files)
 
 @patch
+def check_batch(self:TokenStream,
+    ids # Some of its ids, at least one
+):
+    "Raise `ValueError`, with the name of its file, unless they lie within the vocab"
+    file = self._files[0][0] if self._files else 'the stream'
+    check_ids(ids, len(self.vocab), file)
+
+@patch
 def check_range(self:TokenStream):
-    "Read all ids; raises `ValueError` unless they lie within the vocab"
-    for i in range(0, len(self), CHUNK): check_ids(self.ids[i:i+CHUNK], len(self.vocab))
+    """Read all ids of an opened stream, unless they were checked before.
+
+    Raises `ValueError` unless they lie within the vocab."""
+    if self.is_checked: return
+    for i in range(0, len(self), CHUNK): self.check_batch(self.ids[i:i+CHUNK])
     self.is_checked = True
 
 # %% ../nbs/00c_store.ipynb #57cd7847

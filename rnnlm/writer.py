@@ -36,6 +36,7 @@ def _locked(path):
     lock = FileLock(path/'.lock', timeout=0)
     while True:
         path.mkdir(parents=True, exist_ok=True)
+        if (path/'.lock').is_symlink(): (path/'.lock').unlink()  # never ours
         try: return lock.acquire().lock
         except Timeout:
             raise RuntimeError(f"another process is writing {path}; wait for it, or "
