@@ -38,7 +38,7 @@ def _checked(batches, stream):
 
 def _copy_to(device, stream):
     "All ids of `stream` on `device`; without room there, a warning, and as they are"
-    if not stream.is_checked: stream.check_range()
+    stream.check_range()
     ids = stream.ids
     try: return ids.to(device)
     except torch.cuda.OutOfMemoryError:
