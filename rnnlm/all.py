@@ -14,6 +14,8 @@ from rnnlm.lm import *
 from rnnlm.models import *
 from rnnlm.cells import *
 from rnnlm.ladder import *
+from rnnlm.recompute import *
+from rnnlm.export import *
 from rnnlm.adapters import *
 from rnnlm.sampling import *
 from rnnlm.generate import *
@@ -26,6 +28,7 @@ from rnnlm.horizon import *
 from rnnlm.metrics import *
 from rnnlm.optim import *
 from rnnlm.muon import *
+from rnnlm.layers import *
 from rnnlm.machine import *
 from rnnlm.outputs import *
 from rnnlm.guard import *

@@ -14,7 +14,7 @@ from fastai.losses import BaseLoss
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop
 from torch import nn
-from .callback import grade_same_steps
+from .callback import check_dealt_out, grade_same_steps
 from .core import find_stateful
 from .metrics import lm_loss
 from .splits import check_same_vocab
@@ -41,6 +41,7 @@ def token_loss(
 class SameSteps(Callback):
     "Grades the last step, where only one of model and targets has the others"
     order = -20  # as `StateResetter`
+    def before_train(self): check_dealt_out(self.model, self.dl)
     def after_pred(self): grade_same_steps(self.learn)
 
 # %% ../nbs/02d_arguments.ipynb #37140699

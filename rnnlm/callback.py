@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.data.load import DataLoader
-from torch import nn
+from torch import distributed as dist, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import RandomSampler
 from .core import find_stateful
 from .metrics import agree
@@ -37,6 +38,7 @@ class StateResetter(Callback):
         self.has_trained = False  # `validate` and `get_preds` are fits without training
     def before_train(self):
         self.has_trained = True
+        check_dealt_out(self.model, self.dl)
         check_vocab(self._stateful(), self.dl, 'training')
         self._stateful().reset()
         if hasattr(self.dl, 'set_epoch'): self.dl.set_epoch(self.epoch)
@@ -93,6 +95,20 @@ def what_jumps(
     if lines is None or bs is None or lines == bs*world_size: return faults
     why = f"its bs={bs} is not the {lines} of group_chunks"
     return [*faults, (why, f'bs={lines//world_size}')]
+
+def check_dealt_out(
+    model, # A model, perhaps in `DistributedDataParallel`
+    dl # Any loader, perhaps of a `TokenStream`
+):
+    "Raise `ValueError` if each of several processes would read the whole text of `dl`"
+    if not isinstance(model, DistributedDataParallel): return
+    if not isinstance(getattr(dl, 'dataset', None), TokenStream): return
+    n = dist.get_world_size(model.process_group)
+    if n == 1 or (hasattr(dl, 'shard') and dl.world_size == n): return
+    raise ValueError(f"the training loader must deal its lines out to the {n} "
+                     "processes, and each would read the whole text: import "
+                     "rnnlm.distributed and fit within learn.distrib_ctx(), or make "
+                     f"the loaders with rank=rank, world_size={n}")
 
 def check_vocab(
     model, # A model, perhaps with `vocab_sz`

@@ -7,13 +7,15 @@
 __all__ = ['demo']
 
 # %% ../nbs/06a_cli.ipynb #cli00003
-import warnings
+import os, sys, warnings
 from importlib import import_module
 from fastcore.script import call_parse, is_cli
 
 # %% ../nbs/06a_cli.ipynb #987714b6
 def _run(module, work, options):
     "Import the function `work`, and call it; Ctrl-C leaves no traceback"
+    if int(os.environ.get('RANK', 0)) > 0:  # of torchrun: the first process speaks
+        sys.stdout = open(os.devnull, 'w')
     try:
         with warnings.catch_warnings():  # of a library that fastai imports
             warnings.filterwarnings('ignore', '`torch.jit.script` is', FutureWarning)

@@ -69,7 +69,6 @@ class TimeBudget(EndsFit):
 
     @property
     def elapsed(self):
-        "Seconds of training so far"
         now = 0. if self.epoch_began is None else self.clock()-self.epoch_began
         return self.seconds + now
 

@@ -10,6 +10,7 @@ import shutil, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
+from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.script import CliError, is_cli
 from .checkpoints import checkpoint_steps
 from .core import check_int
@@ -109,6 +110,7 @@ def train(
     settings = {k: v for k,v in given.items() if v is not None}
 
     def keep(learn):
+        if rank_distrib() > 0: return target  # the first process saves
         figures = settings | dict(text=str(path), prompt=samples.prompt)
         files = {'samples.txt': samples.report().encode(),
                  'run.png': run_picture(learn)}
@@ -125,7 +127,7 @@ def train(
         if is_cli(): return 1
         raise
     folder = keep(learn)
-    shutil.rmtree(run, ignore_errors=True)
+    if not rank_distrib(): shutil.rmtree(run, ignore_errors=True)
     print(f'{n_parameters(learn.model):,} parameters, saved: {folder}')
     return 0 if is_cli() else learn
 

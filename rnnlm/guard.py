@@ -61,22 +61,30 @@ class GoodWeights:
         "Copy the weights as they are"
         if self.copies: torch._foreach_copy_(self.copies, self.tensors)
 
-    def restore(self):
-        "Give the model its good weights back"
+    def restore(self, opt):
+        "Give the model its good weights back; `opt` forgets what led away from them"
+        opt.zero_grad()
+        opt.clear_state()
         if self.copies: torch._foreach_copy_(self.tensors, self.copies)
+
+    def losses(self):
+        "What is known of the loss, for a checkpoint"
+        return dict(loss=self.loss, mean=self.mean)
+    def go_on(self, loss, mean):
+        "Go on with what `losses` gave, and with the weights as they are"
+        self.keep()
+        self.loss,self.mean = loss,mean
 
     @property
     def model_is_finite(self): return all(o.isfinite().all() for o in self.tensors)
 
 # %% ../nbs/02f_guard.ipynb #70440dbb
 class FitGuard(EndsFit):
-    """Ends a fit when the loss of a batch is NaN or infinite, with the last good
-    weights.
+    """Ends a fit when the loss of a batch is no number, with the last good weights.
 
     Good are those with a loss of at most twice the running mean. Raises `Diverged` with
-    the step. SIGTERM and, within `guarded`, Ctrl-C end the fit, too, when the batch is
-    done. On a GPU every 64th loss is looked at. `lr_find` is left alone, and of two
-    guards the one that came last does the work."""
+    the step. SIGTERM and, within `guarded`, Ctrl-C end the fit when the batch is done.
+    On a GPU every 64th loss is looked at. Of two guards the last one does the work."""
     order = 100  # after what changes the loss, counts the batch or ends the fit
     busy = False  # is a fit going on?
     asked = None  # the exception of a signal that asks for the end
@@ -89,8 +97,7 @@ class FitGuard(EndsFit):
         self.run = is_last and not hasattr(self.learn, 'lr_finder')
         if not self.run: return
         self.busy,self.fitted = True,self.learn
-        self.asked = None
-        self.n_steps = 0
+        self.asked,self.n_steps = None,0
         self.good = GoodWeights(self.model)
 
     def after_loss(self):
@@ -111,14 +118,16 @@ class FitGuard(EndsFit):
 
     def go_back(self, what):
         "End the fit with the last good weights"
-        self.good.restore()
-        self.opt.zero_grad()
-        self.opt.clear_state()
+        self.good.restore(self.opt)
         loss,lr = self.good.loss,self.opt.hypers[-1]['lr']
         got = 'of the beginning' if loss is None else f'with a loss of {loss:.4g}'
         self.end(Diverged(f'{what} after {self.where()}: training stopped, and the '
                           f'weights are the last good ones, {got}; a learning rate '
                           f'below {lr:.3g} or GradientClip may help'))
+
+    def ask(self, why):
+        "Ask for the end of the fit, with the exception `why`, when the batch is done"
+        self.asked = why
 
     def where(self):
         return (f'{self.n_steps:,} steps, in epoch {self.epoch+1}, batch {self.iter+1} '
@@ -126,16 +135,9 @@ class FitGuard(EndsFit):
 
     def after_fit(self): self.busy,self.good = False,None
 
-    def state_dict(self):
-        "What the guard knows of the loss, for a checkpoint"
-        if self.good is None: return {}  # it is another one's work
-        return dict(loss=self.good.loss, mean=self.good.mean)
+    def state_dict(self): return self.good.losses() if self.good else {}
     def load_state_dict(self, state):
-        "Go on with what `state_dict` gave, and with the weights as they are"
-        if not state: return
-        self.good.keep()
-        self.good.loss,self.good.mean = state['loss'],state['mean']
-
+        if state: self.good.go_on(**state)
 
 # %% ../nbs/02f_guard.ipynb #b8641a63
 @contextmanager
@@ -155,7 +157,7 @@ def ends_on_sigterm(
     def ask(*args):
         guards = [o for o in learn._grab_cbs(FitGuard) if o.busy]
         if not guards: raise Terminated
-        guards[-1].asked = Terminated
+        guards[-1].ask(Terminated)
     return _handler(signal.SIGTERM, signal.SIG_DFL, ask)
 
 # %% ../nbs/02f_guard.ipynb #b8641a64
@@ -178,7 +180,7 @@ def guarded(
     guard = FitGuard()
     def ask(*args):
         if guard.asked or not guard.busy: raise KeyboardInterrupt
-        guard.asked = KeyboardInterrupt
+        guard.ask(KeyboardInterrupt)
     with _handler(signal.SIGINT, signal.default_int_handler, ask):
         try: yield guard
         except (KeyboardInterrupt, Terminated, Diverged) as why:

@@ -51,11 +51,7 @@ def _check_layout(o):
         raise ValueError("whole reads every token once, so it needs drop_last=False, "
                          f"shift=0 and no stride, got drop_last={o.drop_last}, "
                          f"shift={o.shift}, stride={o.stride}")
-    check_int('world_size', o.world_size)
-    if o.bs % o.world_size:
-        raise ValueError("bs must be a multiple of world_size, so that all processes "
-                         f"read as many lines, got bs={o.bs} and "
-                         f"world_size={o.world_size}")
+    check_int('world_size', o.world_size, o.bs, 'bs, so that each has a line to read')
     if o.rank not in range(o.world_size):
         raise ValueError(f"rank must be from 0 to {o.world_size-1} (world_size less "
                          f"one), got {o.rank!r}")
@@ -81,8 +77,8 @@ class LineLayout:
         if stride is None: self.stride = sl
         if n_targets >= 0: _check_layout(self)
         self.global_bs = self.bs
-        self.bs = self.global_bs//world_size
-        self.first_row = rank*self.bs
+        self.first_row,end = (o*self.global_bs//world_size for o in (rank, rank+1))
+        self.bs = end-self.first_row
         self.lay_out(0)
 
     def lay_out(self,
@@ -150,8 +146,7 @@ class LinePlace(LineLayout):
                  f"(epoch {self.epoch}, batch {self.resume_at}); go on there by "
                  f"fit(..., start_epoch={self.epoch})")
         self.lay_out(epoch)
-        self.batch = 0
-        self.resume_at = 0
+        self.batch = self.resume_at = 0
 
     def made_for(self) -> dict:
         "What decides which tokens a batch holds; the same for all shards"
@@ -186,8 +181,7 @@ class LinePlace(LineLayout):
         except ValueError:
             self.lay_out(before)
             raise
-        self.batch = state['batch']
-        self.resume_at = self.batch
+        self.batch = self.resume_at = state['batch']
         self.n_loads += 1
 
 # %% ../nbs/00d_layout.ipynb #689a6fe8

@@ -23,7 +23,7 @@ from .callback import LengthLR, StateResetter
 from .core import find_stateful
 from .generate import predict_words
 from .guard import FitGuard
-from .machine import few_threads, n_parameters, room_for_graphs
+from .machine import few_threads, for_graphs, n_parameters, room_for_graphs
 from .metrics import PredRows, lm_loss, per_token
 from .optim import ForeachAdam, fused_adam
 from .nested import OneFit
@@ -161,7 +161,8 @@ class RNNLearner(TokenLearner):
         "fastai's; brings `TBPTT` if `dls` was exchanged for one whose windows overlap"
         cbs = L(with_outputs(cbs, self.model, self.cbs))
         check_callbacks(self.cbs+cbs, self.model)
-        super().fit(n_epoch, lr, wd, cbs=cbs+self._for_overlap(self.cbs+cbs), **kwargs)
+        cbs += self._for_overlap(self.cbs+cbs) + for_graphs(self.model)
+        super().fit(n_epoch, lr, wd, cbs=cbs, **kwargs)
 
     def _for_overlap(self, cbs):
         "The callback that windows which overlap need, if it is not among `cbs`"
@@ -181,7 +182,7 @@ class RNNLearner(TokenLearner):
     def _on_machine(self):
         "Where an epoch runs: on one thread if the model is small, with room for graphs"
         threads = few_threads(self.model, self.one_thread_below)
-        return ContextManagers([threads, room_for_graphs(self.model)])
+        return ContextManagers([threads, room_for_graphs(self.model, self.dls.train)])
 
     def predict(self, text, n_words=1, no_unk=True, temperature=1., min_p=None,
                 no_bar=False, decoder=None, only_last_word=False):

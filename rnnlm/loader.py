@@ -9,7 +9,7 @@ __all__ = ['LineDL', 'StreamDL']
 from warnings import warn
 import pandas as pd, torch
 from fastai.data.core import TfmdDL
-from fastai.torch_core import display_df
+from fastai.torch_core import display_df, to_detach
 from fastcore.basics import detuplify, patch, store_attr
 from .layout import LinePlace, cut_batches
 from .text import TokenStream
@@ -36,13 +36,16 @@ def _checked(batches, stream):
             if ids.numel(): stream.check_batch(ids)
         yield batch
 
-def _copy_to(device, ids):
-    "The whole of `ids` on `device`; None, and a warning, if there is no room"
+def _copy_to(device, stream):
+    "All ids of `stream` on `device`; without room there, a warning, and as they are"
+    stream.check_range()
+    ids = stream.ids
     try: return ids.to(device)
     except torch.cuda.OutOfMemoryError:
         size = ids.numel()*ids.element_size()
         warn(f"on_device: no room for the stream's {size:,} bytes on {device}; sending "
              "batches instead")
+        return ids
 
 # %% ../nbs/00d_loader.ipynb #88477a0e
 class LineDL(LinePlace, TfmdDL):
@@ -53,7 +56,6 @@ class LineDL(LinePlace, TfmdDL):
         LinePlace.__init__(self, len(stream)-1, **layout)
         store_attr('target,begins,on_device')
         self._device_ids = {}  # with `on_device`: the ids, by device
-
     n_inp = property(lambda self: 2 if self.begins else 1)
 
     def _ids(self):
@@ -62,16 +64,13 @@ class LineDL(LinePlace, TfmdDL):
         device = self.device
         if not self.on_device or device in (None, ids.device): return ids
         if device not in self._device_ids:
-            self.dataset.check_range()
-            self._device_ids = {device: _copy_to(device, ids)}
-        copied = self._device_ids[device]
-        return ids if copied is None else copied
+            self._device_ids = {device: _copy_to(device, self.dataset)}
+        return self._device_ids[device]
 
     def _batches(self, start=0):
         "The batches of this epoch from number `start` on, on the loader's device"
         self.dataset.check_files()
-        ids = self._ids()
-        device = self.device
+        ids,device = self._ids(),self.device
         docs = self.dataset.docs if self.begins else None
         batches = cut_batches(self, ids, self.target, docs, start)
         if not self.dataset.is_checked: batches = _checked(batches, self.dataset)
@@ -83,7 +82,6 @@ class LineDL(LinePlace, TfmdDL):
         start = self.resume_at
         self.resume_at = 0
         self.before_iter()
-        has_tfms = len(self.after_batch.fs) > 0
         batch_bytes = self.bs*self.stride*self.dataset.ids.element_size()
         every = 1 + 2**22//batch_bytes  # after 4 MB, pages of a file are given back
         n_loads = self.n_loads
@@ -91,7 +89,7 @@ class LineDL(LinePlace, TfmdDL):
             if self.n_loads != n_loads: raise _another_place()
             self.batch = i
             if i % every == 0: self.dataset.release()
-            yield self.after_batch(batch) if has_tfms else batch
+            yield self.after_batch(batch) if len(self.after_batch.fs) else batch
         self.after_iter()
 
     def one_batch(self):
@@ -182,7 +180,7 @@ class StreamDL(LineDL):
 
     def shard(self,
         rank:int, # Number of the process, from 0 on
-        world_size:int # Number of processes; `bs` must be a multiple of it
+        world_size:int # Number of processes, at most the lines
     ): # A `StreamDL`
         "A loader of the rows that one process reads, at the place of this one"
         res = self.new(rank=rank, world_size=world_size)
@@ -196,6 +194,11 @@ class StreamDL(LineDL):
 def vocab(self:StreamDL):
     "The tokens as a list: fastai takes an `L` for a vocab of each input"
     return self.dataset.vocab.items
+
+@patch
+def to_detach(self:StreamDL, b, cpu=True, gather=True):
+    "fastai's, which would gather `b` of all processes: each has its own lines"
+    return to_detach(b, cpu, gather=False)
 
 @patch
 def __repr__(self:StreamDL):

@@ -11,6 +11,8 @@ from contextlib import contextmanager, nullcontext
 from weakref import WeakSet
 import torch
 from fastai.callback.core import Callback
+from .core import find_stateful
+from .export import zero_state
 
 # %% ../nbs/02e_machine.ipynb #7942802f
 def n_parameters(
@@ -36,6 +38,7 @@ def few_threads(
 
 # %% ../nbs/02e_machine.ipynb #3dda3e26
 _compiled = WeakSet()  # the models that learners were given
+_UNROLLED = 16  # steps; a graph of more takes minutes to compile
 
 def is_compiled(
     model:torch.nn.Module # Any model
@@ -49,16 +52,43 @@ def is_compiled(
     return any(compiled(o) for o in model.modules())
 
 def room_for_graphs(
-    model:torch.nn.Module # Any model
+    model:torch.nn.Module, # Any model
+    dl=None # Its training loader, if that is known
 ):
     """A context in which `torch.compile` has its limit of graphs for each of the models
-    that came here, not for all of them together."""
+    that came here, not for all of them together; and in which the recurrent layers of
+    windows of up to 16 steps are part of the graph."""
     if not is_compiled(model): return nullcontext()
     _compiled.add(model)
     config = torch._dynamo.config
     name = 'recompile_limit'
     if not hasattr(config, name): name = 'cache_size_limit'  # before PyTorch 2.6
-    return config.patch({name: len(_compiled)*getattr(config, name)})
+    changes = {name: len(_compiled)*getattr(config, name)}
+    is_short = getattr(dl, 'sl', _UNROLLED+1) <= _UNROLLED
+    if is_short and hasattr(config, 'allow_rnn'): changes['allow_rnn'] = True
+    return config.patch(changes)
+
+# %% ../nbs/02e_machine.ipynb #few01
+class FewGraphs(Callback):
+    "For a compiled model: starts from zeros, and runs shorter windows uncompiled"
+    order = -5  # after `StateResetter`
+    stance = None
+    def before_batch(self):
+        model = find_stateful(self.model)
+        if model.state is None: model.state = zero_state(model, len(self.xb[0]))
+        is_short = self.xb[0].shape[1] < getattr(self.dl, 'sl', 0)
+        is_drawn = getattr(self.dl, 'sl_std', 0)  # then no two are of one length
+        if not is_short or is_drawn or not hasattr(torch.compiler, 'set_stance'): return
+        self.stance = torch.compiler.set_stance('force_eager')
+    def after_batch(self):
+        if self.stance is not None: torch.compiler.set_stance('default')
+        self.stance = None
+
+def for_graphs(
+    model:torch.nn.Module # Any model
+) -> list:
+    "The callback that `model` needs if it is compiled and keeps a state"
+    return [FewGraphs()] if is_compiled(model) and find_stateful(model) else []
 
 # %% ../nbs/02e_machine.ipynb #bf160002
 class BFloat16(Callback):

@@ -42,6 +42,8 @@ class RNNOutputs(Callback):
                             "not: call torch._dynamo.reset()")
         raw_outs,outs = zip(*seen)  # two of each, if windows overlap
         self.raw_out,self.out = torch.cat(raw_outs, 1),torch.cat(outs, 1)
+        if self.raw_out.shape[1] == 1:  # else the mean of no difference is NaN
+            self.raw_out = self.raw_out.expand(-1, 2, -1)
 
     def after_batch(self): self._let_go()
 

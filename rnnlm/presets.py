@@ -7,6 +7,7 @@ __all__ = ['PRESETS', 'Preset', 'preset_learner', 'preset_callbacks', 'fit_prese
 
 # %% ../nbs/06e_presets.ipynb #pre02
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from numbers import Real
@@ -15,7 +16,7 @@ from fastai.callback.rnn import RNNRegularizer
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.callback.training import GradientClip
 from fastai.metrics import Perplexity, accuracy
-from fastai.torch_core import set_seed
+from fastai.torch_core import num_distrib, set_seed
 from fastcore.foundation import L
 from .clock import TimeBudget
 from .config import RNNLMConfig
@@ -140,6 +141,12 @@ def preset_callbacks(
 
 _NEVER = 100_000  # epochs, of a fit that the clock ends
 
+def _all_processes(learn):
+    "The time in which `learn` is that of all processes, if torchrun started several"
+    if num_distrib() <= 1: return nullcontext()
+    import rnnlm.distributed  # it needs accelerate, and one process does not
+    return learn.distrib_ctx()
+
 def fit_preset(
     learn:RNNLearner, # As `preset_learner` gives it
     preset:Preset, # The recipe
@@ -148,7 +155,7 @@ def fit_preset(
     "Train `learn` for the minutes or epochs of `preset`"
     n_epoch = _NEVER if preset.n_epoch is None else preset.n_epoch
     # switches autocast back, also after a fit that is broken off within a batch
-    with torch.autocast('cpu', enabled=False):
+    with torch.autocast('cpu', enabled=False), _all_processes(learn):
         learn.fit(n_epoch, L(preset.lr), cbs=[*preset_callbacks(preset), *L(cbs)])
 
 # %% ../nbs/06e_presets.ipynb #pre09

@@ -81,14 +81,12 @@ class ProgressLine(Callback):
     def before_fit(self):
         if hasattr(self.learn, 'progress'): self.learn.progress.run = False
         self.logger_before,self.learn.logger = self.learn.logger,noop
-        self.start = time.perf_counter()
+        self.since = self.drawn = time.perf_counter()  # a line was drawn last
         self.began_at = 0.  # the share of the fit that an earlier process has done
         self.n_tokens = self.seconds = 0  # in training
-        self.drawn = self.start  # when a line was written last
         self.tenth = 0  # of the way
 
     def before_epoch(self): self.has_trained = False
-
     def before_train(self):
         self.has_trained = True
         self.last = time.perf_counter()
@@ -98,7 +96,7 @@ class ProgressLine(Callback):
         now = time.perf_counter()
         self.seconds += now-self.last
         self.last = now
-        self.n_tokens += self.xb[0].numel()
+        self.n_tokens += self.xb[0].numel()*getattr(self.dl, 'world_size', 1)
         if self.lines.is_terminal and now-self.drawn > .1:
             self.drawn = now
             self.lines.renew(self.state_of_things(now))
@@ -110,23 +108,21 @@ class ProgressLine(Callback):
     def state_of_things(self, now):
         loss = self.smooth_loss.item()
         done = max(self.pct_train-self.began_at, 1e-9)
-        left = (now-self.start)*(1-self.pct_train)/done
+        left = (now-self.since)*(1-self.pct_train)/done
         return (f'{self.pct_train:4.0%}, epoch {self.epoch+1}, '
                 f'{as_clock(max(left, 0))} left: loss {loss:.3f}, '
                 f'perplexity {perplexity_of(loss):.2f}, {self.speed()}')
 
     def speed(self): return f'{self.n_tokens/max(self.seconds, 1e-9):,.0f} tokens/s'
-
     def after_epoch(self):
         if not self.has_trained or not self.recorder.values: return
-        parts = last_figures(self.recorder) + [self.speed()]
-        parts.append(as_clock(time.perf_counter()-self.start))
         self.drawn = time.perf_counter()
+        parts = [*last_figures(self.recorder), self.speed(),
+                 as_clock(self.drawn-self.since)]
         self.lines.write(f"epoch {self.epoch+1}: {', '.join(parts)}")
 
     def state_dict(self): return {}  # speed and time are those of this process
     def load_state_dict(self, state): self.began_at = self.learn.pct_train
-
     def after_fit(self):
         if not hasattr(self, 'logger_before'): return
         self.lines.clear()

@@ -8,11 +8,14 @@ __all__ = ['Checkpoint']
 # %% ../nbs/08_resume.ipynb #rsm02
 import warnings
 from fastai.callback.core import Callback
+from fastai.torch_core import rank_distrib
+from fastcore.basics import noop
 from .checkpoints import checkpoint_steps, read_newest, write_checkpoint
 from .core import check_int
 from .learner import RNNLearner
 from .manifest import check_writable
-from .snapshot import check_settings, memory_of, restore, settings, snapshot
+from .settings import check_settings, settings
+from .snapshot import memory_of, restore, snapshot
 
 # %% ../nbs/08_resume.ipynb #rsm05
 class Checkpoint(Callback):
@@ -36,9 +39,6 @@ class Checkpoint(Callback):
         self.keep = check_int('keep', keep)
         self.resume = resume
 
-    def __repr__(self):
-        return f'Checkpoint({str(self.path)!r}, every={self.every}, keep={self.keep})'
-
     def before_fit(self):
         if isinstance(self.learn, RNNLearner): return
         raise TypeError("Checkpoint needs a learner of rnn_learner, got "
@@ -51,13 +51,13 @@ class Checkpoint(Callback):
         check_place(self.dls.train)
         memory_of(self.model)  # raises, if its state can't be read
         self.settings = settings(self.learn, but=self)
-        if not checkpoint_steps(self.path): return
-        check_resume(self.path, self.resume)
+        if not goes_on(self.path, self.resume): return
         kept = read_newest(self.path, next(self.model.parameters()).device)
         check_settings(kept.get('settings', {}), self.settings)
         self.found = kept['fit']
         epoch,n = self.found['epoch'],self.found['train_iter']
-        print(f"Going on after {n:,} batches, in epoch {epoch+1}")
+        say = noop if rank_distrib() else print  # the first process speaks for all
+        say(f"Going on after {n:,} batches, in epoch {epoch+1}")
         self.learn.first_epoch = epoch
 
     def before_train(self):
@@ -74,20 +74,22 @@ class Checkpoint(Callback):
         "Write a checkpoint after this batch"
         step = self.train_iter
         data = dict(settings=self.settings, fit=snapshot(self.learn, but=self))
+        if rank_distrib(): return  # the first process writes for all
         try: write_checkpoint(self.path, step, data, self.keep)
         except OSError as e: warnings.warn(not_written(step, e))
 
 # %% ../nbs/08_resume.ipynb #rsm06
-def check_resume(path, resume):
-    "Raise `ValueError` for a folder with checkpoints that is not to be gone on with"
-    if resume: return
+def goes_on(path, resume):
+    "Are there checkpoints to go on from? Raises `ValueError` if nobody asked for it"
+    found = bool(checkpoint_steps(path))
+    if resume or not found: return found
     raise ValueError(f"{path} holds the checkpoints of a training: give resume=True to "
                      "go on with it, or another folder")
 
 def not_written(step, e):
     "The warning of a full disk"
-    return (f"the checkpoint after {step:,} batches was not written ({e}); the training "
-            "goes on, and the checkpoints before it are as they were")
+    return (f"the checkpoint after {step:,} batches was not written ({e}); the "
+            "training goes on, and the checkpoints before it are as they were")
 
 def check_place(dl):
     "Raise `TypeError` for a loader that can't go on in the middle of an epoch"

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import nn
 import torch.nn.functional as F
-from .core import check_int, check_tensor, refuse_data_parallel
+from .core import (
+    check_int, check_tensor, is_exported, refuse_data_parallel, refuse_export)
 
 # %% ../nbs/01a_state.ipynb #1583fc12
 def map_state(
@@ -140,6 +141,7 @@ class KeepsState(nn.Module):
         return self
 
     def _replicate_for_data_parallel(self): refuse_data_parallel()
+    def __prepare_scriptable__(self): refuse_export(self)  # asked by `torch.jit.script`
 
 # %% ../nbs/01a_state.ipynb #3619fe8a
 class LockedDropout(nn.Module):
@@ -223,6 +225,7 @@ class StatefulLM(KeepsState):
         Raises `ValueError` for a batch that does not fit the state or a `stride` below
         1, `TypeError` for an `x` or `begins` of another kind and for a `read` that
         breaks the protocol; the state is then as it was."""
+        if is_exported(): refuse_export(self)
         self.new_window()
         state = self.state_for(x)
         _check_begins(begins, x)

@@ -106,7 +106,8 @@ def in_between(learn, what):
     if what == 'get_preds': quiet(learn, 'get_preds', 0)
     if what == 'an error in validation':
         with pytest.raises(ValueError):
-            quiet(learn, 'fit', 2, 1e-3, cbs=Interrupt('before_validate', ValueError, 1))
+            strike = Interrupt('before_validate', ValueError, 1)
+            quiet(learn, 'fit', 2, 1e-3, cbs=strike)
 
 @pytest.mark.parametrize('what', ['lr_find', 'validate(0)', 'a pass', 'half a pass',
                                   'get_preds', 'an error in validation'])

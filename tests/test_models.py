@@ -227,8 +227,8 @@ class Triple(nn.Module):
 def test_the_regularized_loss_is_fastais_to_the_last_bit(cell, alpha, beta):
     def fit(make, wrap, cbs):
         model = full(cell, emb_sz=None)
-        learn = make(stream.dataloaders(8, 6, verbose=False), wrap(model),
-                     opt_func=Adam, cbs=[StateResetter(), *cbs])
+        dls = stream.dataloaders(8, 6, drop_last=True, verbose=False)
+        learn = make(dls, wrap(model), opt_func=Adam, cbs=[StateResetter(), *cbs])
         set_seed(0)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -239,7 +239,16 @@ def test_the_regularized_loss_is_fastais_to_the_last_bit(cell, alpha, beta):
     equal(fit(plain, same, [RNNOutputs(), reg]), want)
     equal(fit(rnn_learner, same, [reg]), want)
     equal(fit(rnn_learner, same, rnn_cbs(alpha, beta)), want)
+    assert want.isfinite().all()
     assert (fit(plain, same, [])-want).abs().max() > 1e-3
+
+def test_a_window_of_one_step_has_no_temporal_difference():
+    "fastai's mean over none is NaN, and so were all weights after that batch"
+    dls = stream[:8*25+1].dataloaders(8, 6, valid=stream[:99], verbose=False)
+    equal([x.shape[1] for x,_ in dls.train], [6, 6, 6, 6, 1])
+    learn = rnn_learner(dls, full('gru'), cbs=RNNRegularizer(2, 1))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
 
 def test_a_regularizer_given_to_one_fit_is_brought_what_it_needs():
     dls = stream.dataloaders(8, 6, stride=3, drop_last=True, verbose=False)
