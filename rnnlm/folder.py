@@ -145,10 +145,10 @@ def _check_sizes(folder, sizes, tensors):
                          f"together: {name} is {got} in {_WEIGHTS}, and {CONFIG} asks "
                          f"for {want}; save it again")
 
-def _check_counts(config, n_tensors):
+def _check_counts(arguments, n_tensors):
     "Raise `ValueError` for more layers than there are tensors: they take time to build"
     for k in 'n_layers', 'ngrams':
-        n = config.get(k, 0)
+        n = arguments.get(k, 0)
         if isinstance(n, int) and n > n_tensors:
             raise ValueError(f"{k} is {n:.3g}, with {n_tensors} tensors")
 
@@ -160,15 +160,16 @@ def _build(folder, config, tensors):
                          f"{', '.join(ARCHITECTURES)}")
     arch = ARCHITECTURES[name]
     try:
-        _check_counts(config['config'], len(tensors))
-        with torch.device('meta'): sizes = _weights(arch(**config['config']))
+        arguments = dict(config['config'])
+        _check_counts(arguments, len(tensors))
+        with torch.device('meta'): sizes = _weights(arch(**arguments))
     # PyTorch's are RuntimeErrors, as that of a size above all integers
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as e:
         raise ValueError(f"{folder} has a config that is not that of a {name}: "
                          f"{str(e)[:200]}") from None
     _check_sizes(folder, sizes, tensors)
     with torch.random.fork_rng(devices=[]):  # the caller's draws stay as they are
-        model = arch(**config['config'])
+        model = arch(**arguments)
     model.to(next(iter(tensors.values())).dtype)
     with torch.no_grad():
         for key,weight in _weights(model).items(): weight.copy_(tensors[key])

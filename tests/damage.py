@@ -127,23 +127,30 @@ def edit(file, rng, other):
         elif config: change(config, rng)
     dump(file, config)
 
+def configs(folder):
+    "The files of a folder that are checked by themselves, and what they say"
+    files = [p for p in plain_files(folder) if p.name in ('stream.json', 'config.json')]
+    return {p: config for p in files if (config := parsed(p.read_bytes()))}
+
 def refit(folder):
     "Make all checksums and sizes in the config fit the files, as somebody sly would"
-    here = plain_files(folder)
-    for file in here:
-        if file.name not in ('stream.json', 'config.json'): continue
-        config = parsed(file.read_bytes())
-        if config is None: continue
+    here = {p.name: p for p in plain_files(folder)}
+    for file,config in configs(folder).items():
         for o,k in [*places(config)]:
             entry = o[k]
             if not isinstance(entry, dict) or 'sha256' not in entry: continue
-            named = entry.get('file', k)
-            found = [p for p in here if p.name == named]
-            if not found: continue
-            entry['sha256'] = hashlib.sha256(found[0].read_bytes()).hexdigest()
-            if 'bytes' in entry: entry['bytes'] = found[0].stat().st_size
+            name = entry.get('file', k)
+            data = here.get(name) if isinstance(name, str) else None
+            if data is None: continue
+            entry['sha256'] = hashlib.sha256(data.read_bytes()).hexdigest()
+            if 'bytes' in entry: entry['bytes'] = data.stat().st_size
         try: dump(file, sealed(config))
         except (ValueError, RecursionError): pass
+
+def is_old(folder):
+    "Does a config say that it is of version 1, which had no checksum of its own?"
+    return any(o.get('version') == 1 and 'check' not in o
+               for o in configs(folder).values())
 
 ON_FILES = (flip, flip, flip, cut, empty, grow, sparse, scribble, scribble, swap, take,
             nested, delete, rename, pipe, folder, unix_socket, link, link)
@@ -153,7 +160,7 @@ def plain_files(folder):
                   and p.stat().st_size < 10**7)
 
 def damage(folder, other, rng):
-    "Change a folder in one to three ways; gives which, 'sly' if all checksums fit"
+    "Change a folder in one to three ways; gives which, 'sly' if no checksum can tell"
     done = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         files = plain_files(folder)
@@ -164,4 +171,5 @@ def damage(folder, other, rng):
     if rng.random() < .5:
         refit(folder)
         done.append('sly')
+    elif is_old(folder): done.append('sly')
     return done

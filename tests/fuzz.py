@@ -19,7 +19,7 @@ Kind = namedtuple('Kind', 'name whole other read is_altered', defaults=[None])
 # `read(folder)` gives a dictionary, `other` is a folder from which files may be taken, and
 # `is_altered(a, b)`: is `a` what a reader that need not compare checksums may make of `b`?
 
-FINE = 'refused', 'right', 'as written'  # as written: damaged, with checksums that fit
+FINE = 'refused', 'right', 'as written'  # as written: changed with its checksums
 BAD = 'wrong', 'link followed', 'foreign file', 'code', 'unclear', 'hang'
 
 class Hang(BaseException): pass

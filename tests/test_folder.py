@@ -207,9 +207,9 @@ def test_a_vocab_larger_than_the_model_is_named(folder):
     with pytest.raises(ValueError, match='16 tokens in vocab.json'):
         load_pretrained(folder)
 
-@pytest.mark.parametrize('version', ['2', '"1.5"', 'null'])
+@pytest.mark.parametrize('version', ['3', '"1.5"', 'null'])
 def test_a_newer_format_is_named(folder, version):
-    edit(folder/'config.json', '"version": 1', f'"version": {version}')
+    edit(folder/'config.json', '"version": 2', f'"version": {version}')
     with pytest.raises(ValueError, match='written by a newer rnnlm'):
         load_pretrained(folder)
 
