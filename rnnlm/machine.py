@@ -7,7 +7,7 @@ __all__ = ['BFloat16']
 
 # %% ../nbs/02e_machine.ipynb #855f9016
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from weakref import WeakSet
 import torch
 from fastai.callback.core import Callback
@@ -38,6 +38,7 @@ def few_threads(
 
 # %% ../nbs/02e_machine.ipynb #3dda3e26
 _compiled = WeakSet()  # the models that learners were given
+_stances = ExitStack()  # of the compiler, while a window runs uncompiled
 _UNROLLED = 16  # steps; a graph of more takes minutes to compile
 
 def is_compiled(
@@ -51,6 +52,7 @@ def is_compiled(
         return in_place or isinstance(o, dynamo.OptimizedModule)
     return any(compiled(o) for o in model.modules())
 
+@contextmanager
 def room_for_graphs(
     model:torch.nn.Module, # Any model
     dl=None # Its training loader, if that is known
@@ -58,7 +60,9 @@ def room_for_graphs(
     """A context in which `torch.compile` has its limit of graphs for each of the models
     that came here, not for all of them together; and in which the recurrent layers of
     windows of up to 16 steps are part of the graph."""
-    if not is_compiled(model): return nullcontext()
+    if not is_compiled(model):
+        yield
+        return
     _compiled.add(model)
     config = torch._dynamo.config
     name = 'recompile_limit'
@@ -66,23 +70,20 @@ def room_for_graphs(
     changes = {name: len(_compiled)*getattr(config, name)}
     is_short = getattr(dl, 'sl', _UNROLLED+1) <= _UNROLLED
     if is_short and hasattr(config, 'allow_rnn'): changes['allow_rnn'] = True
-    return config.patch(changes)
+    with _stances, config.patch(changes): yield
 
 # %% ../nbs/02e_machine.ipynb #few01
 class FewGraphs(Callback):
     "For a compiled model: starts from zeros, and runs shorter windows uncompiled"
     order = -5  # after `StateResetter`
-    stance = None
     def before_batch(self):
         model = find_stateful(self.model)
         if model.state is None: model.state = zero_state(model, len(self.xb[0]))
         is_short = self.xb[0].shape[1] < getattr(self.dl, 'sl', 0)
         is_drawn = getattr(self.dl, 'sl_std', 0)  # then no two are of one length
         if not is_short or is_drawn or not hasattr(torch.compiler, 'set_stance'): return
-        self.stance = torch.compiler.set_stance('force_eager')
-    def after_batch(self):
-        if self.stance is not None: torch.compiler.set_stance('default')
-        self.stance = None
+        _stances.enter_context(torch.compiler.set_stance('force_eager'))
+    def after_batch(self): _stances.close()  # after an error: where the epoch ends
 
 def for_graphs(
     model:torch.nn.Module # Any model
