@@ -6,7 +6,7 @@
 __all__ = ['checkpoint_steps', 'write_checkpoint', 'read_checkpoint', 'read_newest']
 
 # %% ../nbs/07d_checkpoints.ipynb #ckp02
-import re, shutil, warnings
+import re, secrets, shutil, warnings
 from pathlib import Path
 from .manifest import read_folder, write_folder
 from .packing import dumps, loads
@@ -29,9 +29,14 @@ def _of_step(folder, step): return folder/f'step-{step:09}'
 
 def _remove(path):
     "Delete a checkpoint; if that is broken off, what is left has no name"
-    aside = path.with_name(f'.{path.name}.0.tmp')
+    aside = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
     path.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+def _is_whole(path):
+    try: read_checkpoint(path)
+    except (OSError, ValueError): return False
+    return True
 
 def write_checkpoint(
     folder, # Where the checkpoints are, made if need be
@@ -47,7 +52,9 @@ def write_checkpoint(
     tree,tensors = dumps(data)
     files = {'data.json': tree, 'tensors.safetensors': tensors}
     config = dict(format=_FORMAT, version=1, step=step)
-    path = write_folder(_of_step(folder, step), config, files)
+    path = _of_step(folder, step)
+    if path.exists() and not _is_whole(path): _remove(path)  # it would be in the way
+    write_folder(path, config, files)
     for old in checkpoint_steps(folder)[:-keep]: _remove(_of_step(folder, old))
     for p in folder.iterdir():  # of a process that was killed
         if _UNFINISHED.fullmatch(p.name): shutil.rmtree(p, ignore_errors=True)

@@ -15,8 +15,8 @@ from .sealed import create_file, json_bytes, open_file, read_json, sealed
 CONFIG = 'config.json'  # the file that names the others
 
 def _owned(folder):
-    "The names of the files in `folder` that its config says are ours"
-    try: _,config = read_json(folder/CONFIG)
+    "The names of the files in `folder` that its config, right or not, says are ours"
+    try: _,config = read_json(folder/CONFIG, checked=False)
     except (OSError, ValueError): return set()
     if not isinstance(config, dict) or not isinstance(config.get('files'), dict):
         return set()

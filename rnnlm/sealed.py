@@ -88,14 +88,15 @@ def sealed(
     return config | dict(check=_digest(config))
 
 def read_json(
-    path # A JSON file
+    path, # A JSON file
+    checked:bool=True # Must its `check`, if it has one, be right?
 ) -> tuple: # What tells this file from one that replaces it, and what it says
     """Raises `FileNotFoundError` where there is none, `ValueError` for what is no JSON,
     too much of it, or has another `check` than it says. Who needs one asks for it."""
     with open_file(path) as f:
         about = os.fstat(f.fileno())
         config = json_from(f.read(MOST_JSON+1), path)
-    has_check = isinstance(config, dict) and 'check' in config
+    has_check = checked and isinstance(config, dict) and 'check' in config
     if not has_check or config['check'] == _digest(config):
         return (about.st_ino, about.st_mtime_ns),config
     raise ValueError(f"{path} has another checksum than it says: it was changed; save it "

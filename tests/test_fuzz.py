@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 import rnnlm.store
 from fuzz import BAD, Kind, judge, kinds, small_stream, trials
+from rnnlm.checkpoints import read_checkpoint, write_checkpoint
 from rnnlm.data import lm_seqs
 from rnnlm.folder import load_pretrained
 from rnnlm.lm import RNNLM
@@ -284,3 +285,25 @@ def test_the_same_header_twice_is_no_proof(saved, monkeypatch):
         raise FileNotFoundError(2, 'No such file or directory', 'ids-00000000.bin')
     monkeypatch.setattr(rnnlm.store, '_load', late)
     assert TokenStream.open(saved).fingerprint == small_stream(0).fingerprint
+
+# "Save it again" works
+
+@pytest.mark.parametrize('harm', [
+    lambda file: file.write_bytes(b'{'), lambda file: file.unlink(),
+    lambda file: file.write_bytes(file.read_bytes().replace(b'"version"', b'"vrsion"'))],
+    ids='cut missing changed'.split())
+def test_what_is_broken_is_written_again(harm, tmp_path):
+    stream = small_stream(0)
+    harm(stream.save(tmp_path/'s')/'stream.json')
+    same = TokenStream.open(stream.save(tmp_path/'s'), verify=True)
+    assert same.fingerprint == stream.fingerprint
+    harm(write_checkpoint(tmp_path/'run', 5, dict(a=1))/'config.json')
+    assert read_checkpoint(write_checkpoint(tmp_path/'run', 5, dict(a=2))) == dict(a=2)
+    assert [p.name for p in (tmp_path/'run').iterdir()] == ['step-000000005']
+
+def test_a_model_folder_with_another_checksum_is_written_again(tmp_path):
+    path = RNNLM(5, 4).save_pretrained(tmp_path/'m')
+    text = (path/'config.json').read_text()
+    (path/'config.json').write_text(text.replace('"n_layers": 1', '"n_layers": 2'))
+    with pytest.raises(ValueError, match='another checksum'): load_pretrained(path)
+    load_pretrained(RNNLM(5, 4).save_pretrained(path))
