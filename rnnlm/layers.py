@@ -13,7 +13,7 @@ from torch import nn
 def by_layers(
     model:nn.Module # An `RNNLM`, `LMModel2`, `LMModel3`, ..., or one that wraps it
 ) -> list: # Of groups of parameters
-    """The weights in groups: the embedding, each recurrent layer, the head. A `splitter`.
+    """A `splitter`: the weights of the embedding, of each recurrent layer, of the head.
 
     Each weight is in one group; a tied one in the head's. Raises `ValueError` for a
     model of other parts. Source: Howard & Ruder 2018, sections 3.2 and 3.3."""

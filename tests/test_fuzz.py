@@ -70,7 +70,8 @@ def rewrite(path, change):
 @pytest.fixture
 def saved(tmp_path): return small_stream(0).save(tmp_path/'s')
 
-@pytest.mark.parametrize('name', ['../secret.bin', '/etc/hostname', 'stream.json', 'x.bin'])
+@pytest.mark.parametrize('name', ['../secret.bin', '/etc/hostname', 'stream.json',
+                                  'x.bin'])
 def test_other_files_are_not_opened(name, saved):
     (saved.parent/'secret.bin').write_bytes(next(saved.glob('ids-*')).read_bytes())
     rewrite(saved, lambda header: header['ids'].update(file=name))
@@ -121,7 +122,8 @@ def test_a_file_cut_off_while_it_is_read(saved):
 def test_more_files_than_a_process_may_open(tmp_path):
     n = 200
     ids = torch.arange(2**16*n) % 200
-    path = TokenStream(ids, [*map(str, range(200))]).save(tmp_path/'s', file_tokens=2**16)
+    stream = TokenStream(ids, [*map(str, range(200))])
+    path = stream.save(tmp_path/'s', file_tokens=2**16)
     assert len([*path.glob('ids-*')]) == n
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
@@ -134,9 +136,12 @@ def test_more_files_than_a_process_may_open(tmp_path):
 RUN = '{"fastai": "run", "cmd": "touch pwned", "rules": [], "sep": " "}'
 RULE = '{"fastai": "BaseTokenizer", "split_char": " ", "rules": ["run"], "sep": " "}'
 
-@pytest.mark.parametrize('tokenizer', [RUN, RULE, '{"fastai": 1}', '{"model": 3}', '{', 'x',
-                                       '{"version": "1.0", "model": {"type": "BPE"}}'])
-def test_a_broken_tokenizer_is_named_when_opened(tokenizer, saved, tmp_path, monkeypatch):
+BPE = '{"version": "1.0", "model": {"type": "BPE"}}'
+
+@pytest.mark.parametrize('tokenizer', [RUN, RULE, '{"fastai": 1}', '{"model": 3}', '{',
+                                       'x', BPE])
+def test_a_broken_tokenizer_is_named_when_opened(
+        tokenizer, saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rewrite(saved, lambda header: header.update(tokenizer=tokenizer))
     with pytest.raises(ValueError, match='stream.json has .*tokenizer'):
@@ -163,14 +168,16 @@ def test_a_planted_link_is_not_written_through(name, target, saved, tmp_path):
     small_stream(1).save(saved)
     assert (tmp_path/'mine').read_text() == 'keep this'
     assert [p for p in saved.iterdir() if p.is_symlink()] == []
-    assert TokenStream.open(saved, verify=True).fingerprint == small_stream(1).fingerprint
+    opened = TokenStream.open(saved, verify=True)
+    assert opened.fingerprint == small_stream(1).fingerprint
 
 @pytest.mark.parametrize('name', OURS)
 def test_a_planted_pipe_does_not_stop_a_writer(name, saved):
     (saved/name).unlink(missing_ok=True)
     os.mkfifo(saved/name)
     small_stream(1).save(saved)
-    assert TokenStream.open(saved, verify=True).fingerprint == small_stream(1).fingerprint
+    opened = TokenStream.open(saved, verify=True)
+    assert opened.fingerprint == small_stream(1).fingerprint
 
 # what would fill the memory
 
@@ -290,7 +297,8 @@ def test_the_same_header_twice_is_no_proof(saved, monkeypatch):
 
 @pytest.mark.parametrize('harm', [
     lambda file: file.write_bytes(b'{'), lambda file: file.unlink(),
-    lambda file: file.write_bytes(file.read_bytes().replace(b'"version"', b'"vrsion"'))],
+    lambda file: file.write_bytes(
+        file.read_bytes().replace(b'"version"', b'"vrsion"'))],
     ids='cut missing changed'.split())
 def test_what_is_broken_is_written_again(harm, tmp_path):
     stream = small_stream(0)

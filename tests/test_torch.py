@@ -254,7 +254,8 @@ def test_float16_and_a_scaled_gradient_learn_on_a_cpu(kind):
             opt.zero_grad()
             losses.append(loss.item())
     assert scaler.get_scale() < 2.**40 and losses[-1] < losses[0]-1
-    assert all(o.isfinite().all() for o in (weights(model), *state_tensors(model.state)))
+    tensors = weights(model), *state_tensors(model.state)
+    assert all(o.isfinite().all() for o in tensors)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 @pytest.mark.parametrize('half', ['to_fp16', 'to_bf16'])
