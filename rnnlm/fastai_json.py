@@ -71,6 +71,7 @@ def fastai_to_json(
         if not _same_spacy(tokenizer.tok, again): return None
     return text
 
+# %% ../nbs/00b_fastai_json.ipynb #35b43332
 def fastai_facts(
     text:str # From `fastai_to_json`
 ) -> dict:

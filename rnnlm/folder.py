@@ -216,7 +216,8 @@ def load_figures(
     _,files = _read(path, [_FIGURES])
     figures = json_from(files.get(_FIGURES, b'{}'), f'{path}/{_FIGURES}')
     if isinstance(figures, dict): return figures
-    raise ValueError(f"{path}/{_FIGURES} is damaged: it holds no figures; save it again")
+    raise ValueError(f"{path}/{_FIGURES} is damaged: it holds no figures; save it "
+                     "again")
 
 @patch(cls_method=True)
 def from_pretrained(cls:StatefulLM|LMModel1|LMModel2,

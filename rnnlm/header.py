@@ -93,8 +93,8 @@ def _fault(header):
     if fault: return fault
     top,n = header['ids']['max'],len(header['vocab'])
     if top < n: return None
-    return (f"has a vocab of {n} tokens, but its ids go up to {top}: they do not belong "
-            "together")
+    return (f"has a vocab of {n} tokens, but its ids go up to {top}: they do not "
+            "belong together")
 
 # %% ../nbs/00c_header.ipynb #hdr06
 def read_header(
@@ -112,7 +112,8 @@ def read_header(
                          f"{reprlib.repr(found)}; open another path, or save it again")
     version = header.get('version')
     if type(version) is not int or not 1 <= version <= VERSION:
-        raise ValueError(f"{file} has version {reprlib.repr(version)}, written by a newer "
+        version = reprlib.repr(version)
+        raise ValueError(f"{file} has version {version}, written by a newer "
                          f"rnnlm: upgrade (this one reads version {VERSION})")
     fault = _fault(header)
     if version > 1 and 'check' not in header: fault = "has no checksum of its own"

@@ -120,10 +120,12 @@ def read_config(
     found = config.get('format') if isinstance(config, dict) else None
     if found != kind:
         raise ValueError(f"{file} is not the config of a {kind}: its format is "
-                         f"{reprlib.repr(found)}; give the folder that save_pretrained wrote")
+                         f"{reprlib.repr(found)}; give the folder that "
+                         "save_pretrained wrote")
     got = config.get('version')
     if type(got) is not int or not 1 <= got <= version:
-        raise ValueError(f"{file} has version {reprlib.repr(got)}, written by a newer rnnlm: "
+        raise ValueError(f"{file} has version {reprlib.repr(got)}, written by a newer "
+                         "rnnlm: "
                          f"upgrade it (this one reads version {version})")
     if got > 1 and 'check' not in config:
         raise ValueError(f"{file} has no checksum of its own: it was changed; save it "
@@ -147,7 +149,8 @@ def _read_file(file, entry):
             raise ValueError(f"{file} has {found:,} bytes, more than there is memory "
                              "for") from None
     if data is None:
-        raise ValueError(f"{file} has {found:,} bytes, and {CONFIG} says {reprlib.repr(size)}: "
+        raise ValueError(f"{file} has {found:,} bytes, and {CONFIG} says "
+                         f"{reprlib.repr(size)}: "
                          "it was cut off or changed; save it again")
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"{file} has another checksum than in {CONFIG}: it was "

@@ -83,7 +83,7 @@ class MinGRU(nn.Module):
 
     Called as `nn.GRU` with `batch_first=True`: `x` (bs, sl, input_size) and a state
     (1, bs, hidden_size), or None, give the output (bs, sl, hidden_size) and the state
-    after the last step. Below float32 the gates are computed in float32. Raises
+    after the last step. Below float32 the gates and the state are in float32. Raises
     `ValueError` for a state of another shape. Source: Feng et al. 2024, section 3.1 and
     appendix B."""
     def __init__(self,
@@ -118,7 +118,7 @@ class MinGRU(nn.Module):
         start = self._start(h, z)
         # section 3.1.3: h_t = (1 - z_t) h_(t-1) + z_t g(c_t)
         out = log_scan(log_keep, z*candidate, start)
-        return out,torch.stack([out[:,-1]])
+        return out.to(x.dtype),torch.stack([out[:,-1]])
 
     def _start(self, h, z):
         "The state before the first step, (bs, hidden_size)"

@@ -67,8 +67,8 @@ def json_from(
 ):
     "What a file says; raises `ValueError` for what is no JSON, or too much of it"
     if _is_too_large(raw):
-        raise ValueError(f"{path} is none of ours: it has more than {MOST_JSON:,} bytes "
-                         f"or {MOST_LISTS:,} brackets")
+        raise ValueError(f"{path} is none of ours: it has more than {MOST_JSON:,} "
+                         f"bytes or {MOST_LISTS:,} brackets")
     try: return json.loads(raw)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is damaged: it was cut off or changed "
@@ -99,5 +99,5 @@ def read_json(
     has_check = checked and isinstance(config, dict) and 'check' in config
     if not has_check or config['check'] == _digest(config):
         return (about.st_ino, about.st_mtime_ns),config
-    raise ValueError(f"{path} has another checksum than it says: it was changed; save it "
-                     "again")
+    raise ValueError(f"{path} has another checksum than it says: it was changed; save "
+                     "it again")

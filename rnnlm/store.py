@@ -63,8 +63,8 @@ def _check_file(file, part, dtype, verify):
     with open_file(file) as f:
         found,said = os.fstat(f.fileno()).st_size,part['length']*dtype.itemsize
         if found != said:
-            raise damaged(file, f"has {found:,} bytes, its header says {said:,}: it was "
-                                "cut off or changed")
+            raise damaged(file, f"has {found:,} bytes, its header says {said:,}: it "
+                                "was cut off or changed")
         if verify: _verify(f, dtype, part['sha256'], part['max'])
         return identity(f)
 

@@ -1,4 +1,4 @@
-"""Folders damaged in every way: bits, lengths, names, links, pipes, and what JSON says."""
+"""Folders damaged in every way: bits, lengths, names, links, pipes, what JSON says."""
 import hashlib, json, os, socket
 from rnnlm.sealed import sealed
 
@@ -71,11 +71,12 @@ def values(rng):
     deep = []
     for _ in range(rng.choice((2, 900))): deep = [deep]
     return rng.choice((
-        None, True, False, 0, 1, -1, 2, 255, 10**9, 2**31, 2**63, -2**63, 10**30, 10**5000,
-        1.5, -0., 1e308, float('nan'), float('inf'), '', 'x', 'x'*10**5, '../../secret.bin',
-        '/etc/passwd', '../secret.bin', '/dev/zero', 'ids.tmp', 'ids-00000000.bin', '\0',
-        '\ud800', [], {}, [1], [None], ['a', 'b'], {'a': 1}, deep, '0'*64, '{"model": 1}',
-        '{"fastai": "run", "cmd": "touch pwned", "rules": [], "sep": ""}', '{"fastai": 1}',
+        None, True, False, 0, 1, -1, 2, 255, 10**9, 2**31, 2**63, -2**63, 10**30,
+        10**5000, 1.5, -0., 1e308, float('nan'), float('inf'), '', 'x', 'x'*10**5,
+        '../../secret.bin', '/etc/passwd', '../secret.bin', '/dev/zero', 'ids.tmp',
+        'ids-00000000.bin', '\0', '\ud800', [], {}, [1], [None], ['a', 'b'], {'a': 1},
+        deep, '0'*64, '{"model": 1}', '{"fastai": 1}',
+        '{"fastai": "run", "cmd": "touch pwned", "rules": [], "sep": ""}',
         'subprocess.Popen', 'os.system'))
 
 def places(o, depth=0):
@@ -83,7 +84,8 @@ def places(o, depth=0):
     items = o.items() if isinstance(o, dict) else enumerate(o)
     for k,v in [*items]:
         yield o,k
-        if isinstance(v, (dict, list)) and v and depth < 20: yield from places(v, depth+1)
+        is_nest = isinstance(v, (dict, list)) and v
+        if is_nest and depth < 20: yield from places(v, depth+1)
 
 def change(config, rng):
     "Change one thing in a JSON value: anything as likely as the key above it"
@@ -98,7 +100,9 @@ def change(config, rng):
     elif what == 2 and type(old) in (int, float): o[k] = old + rng.choice((1, -1, .5))
     elif what == 2 and isinstance(old, list): rng.shuffle(old)
     elif what == 2 and isinstance(old, str): o[k] = old[::-1]
-    elif what == 3: o[k] = rng.choice((str, repr, lambda x: [x], lambda x: {'a': x}))(old)
+    elif what == 3:
+        change = rng.choice((str, repr, lambda x: [x], lambda x: {'a': x}))
+        o[k] = change(old)
     else: o[k] = values(rng)
 
 def parsed(text):

@@ -16,8 +16,8 @@ from rnnlm.packing import dumps
 from rnnlm.text import TokenStream
 
 Kind = namedtuple('Kind', 'name whole other read is_altered', defaults=[None])
-# `read(folder)` gives a dictionary, `other` is a folder from which files may be taken, and
-# `is_altered(a, b)`: is `a` what a reader that need not compare checksums may make of `b`?
+# `read(folder)` gives a dictionary, `other` is a folder from which files may be taken,
+# `is_altered(a, b)`: is `a` what a reader that compares no checksums may make of `b`?
 
 FINE = 'refused', 'right', 'as written'  # as written: changed with its checksums
 BAD = 'wrong', 'link followed', 'foreign file', 'code', 'unclear', 'hang'
@@ -79,7 +79,8 @@ def judge(kind, folder, want, done):
     if error is not None:
         is_clear = isinstance(error, (FileNotFoundError, ValueError))
         is_clear &= str(folder) in str(error)
-        return ('refused' if is_clear else 'unclear'), f'{type(error).__name__}: {error}'
+        outcome = 'refused' if is_clear else 'unclear'
+        return outcome, f'{type(error).__name__}: {error}'
     if any(p.is_symlink() for p in folder.iterdir()): return 'link followed', ''
     if got == want: return 'right', ''
     if 'sly' in done: return 'as written', ''
@@ -153,7 +154,8 @@ def bpe_stream(seed):
 def long_stream(seed):
     torch.manual_seed(seed)
     vocab = [f'w{i}' for i in range(200)]
-    return TokenStream(torch.randint(200, (2**17+1000,)), vocab, docs=range(0, 2**17, 999))
+    ids = torch.randint(200, (2**17+1000,))
+    return TokenStream(ids, vocab, docs=range(0, 2**17, 999))
 
 def save_model(folder, seed):
     torch.manual_seed(seed)

@@ -1,6 +1,6 @@
 """Damaged folders: each is refused by name, or read right; and what is planted in one
 harms nobody. The long version is in nbs/benchmarks/faults.ipynb."""
-import hashlib, json, os, pickle, resource, signal, subprocess, sys, threading
+import hashlib, json, os, pickle, resource, signal, threading, tracemalloc
 from pathlib import Path
 import numpy as np, pytest, torch
 import rnnlm.store
@@ -15,7 +15,6 @@ from rnnlm.score import score
 from rnnlm.sealed import sealed
 from rnnlm.text import TokenStream
 
-SECONDS = 60  # after which something hangs
 KINDS = ('stream', 'stream, verify', 'with a tokenizer', 'several files',
          'several files, verify', 'model folder', 'checkpoint')
 
@@ -70,7 +69,8 @@ def rewrite(path, change):
 @pytest.fixture
 def saved(tmp_path): return small_stream(0).save(tmp_path/'s')
 
-@pytest.mark.parametrize('name', ['../secret.bin', '/etc/hostname', 'stream.json', 'x.bin'])
+@pytest.mark.parametrize('name', ['../secret.bin', '/etc/hostname', 'stream.json',
+                                  'x.bin'])
 def test_other_files_are_not_opened(name, saved):
     (saved.parent/'secret.bin').write_bytes(next(saved.glob('ids-*')).read_bytes())
     rewrite(saved, lambda header: header['ids'].update(file=name))
@@ -121,7 +121,8 @@ def test_a_file_cut_off_while_it_is_read(saved):
 def test_more_files_than_a_process_may_open(tmp_path):
     n = 200
     ids = torch.arange(2**16*n) % 200
-    path = TokenStream(ids, [*map(str, range(200))]).save(tmp_path/'s', file_tokens=2**16)
+    stream = TokenStream(ids, [*map(str, range(200))])
+    path = stream.save(tmp_path/'s', file_tokens=2**16)
     assert len([*path.glob('ids-*')]) == n
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
@@ -134,9 +135,12 @@ def test_more_files_than_a_process_may_open(tmp_path):
 RUN = '{"fastai": "run", "cmd": "touch pwned", "rules": [], "sep": " "}'
 RULE = '{"fastai": "BaseTokenizer", "split_char": " ", "rules": ["run"], "sep": " "}'
 
-@pytest.mark.parametrize('tokenizer', [RUN, RULE, '{"fastai": 1}', '{"model": 3}', '{', 'x',
-                                       '{"version": "1.0", "model": {"type": "BPE"}}'])
-def test_a_broken_tokenizer_is_named_when_opened(tokenizer, saved, tmp_path, monkeypatch):
+BPE = '{"version": "1.0", "model": {"type": "BPE"}}'
+
+@pytest.mark.parametrize('tokenizer', [RUN, RULE, '{"fastai": 1}', '{"model": 3}', '{',
+                                       'x', BPE])
+def test_a_broken_tokenizer_is_named_when_opened(
+        tokenizer, saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rewrite(saved, lambda header: header.update(tokenizer=tokenizer))
     with pytest.raises(ValueError, match='stream.json has .*tokenizer'):
@@ -163,38 +167,31 @@ def test_a_planted_link_is_not_written_through(name, target, saved, tmp_path):
     small_stream(1).save(saved)
     assert (tmp_path/'mine').read_text() == 'keep this'
     assert [p for p in saved.iterdir() if p.is_symlink()] == []
-    assert TokenStream.open(saved, verify=True).fingerprint == small_stream(1).fingerprint
+    opened = TokenStream.open(saved, verify=True)
+    assert opened.fingerprint == small_stream(1).fingerprint
 
 @pytest.mark.parametrize('name', OURS)
 def test_a_planted_pipe_does_not_stop_a_writer(name, saved):
     (saved/name).unlink(missing_ok=True)
     os.mkfifo(saved/name)
     small_stream(1).save(saved)
-    assert TokenStream.open(saved, verify=True).fingerprint == small_stream(1).fingerprint
+    opened = TokenStream.open(saved, verify=True)
+    assert opened.fingerprint == small_stream(1).fingerprint
 
 # what would fill the memory
 
-BOMB = '''import resource, sys
-from rnnlm.text import TokenStream
-most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for path in sys.argv[1:]:
-    start = most()
-    try: TokenStream.open(path)
-    except ValueError as e: print((most()-start)//1000, e)'''
-
-def test_headers_that_would_fill_the_memory(tmp_path):
-    bombs = ('[' + '[],'*22_000_000 + '[]]', '{"vocab": [' + '{},'*22_000_000 + '{}]}',
-             '['*60_000_000, '{"vocab": [' + '"a",'*33_000_000 + '"a"]}')
-    paths = [small_stream(0).save(tmp_path/str(i)) for i in range(len(bombs))]
-    for path,text in zip(paths, bombs): (path/'stream.json').write_text(text)
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', BOMB, *paths],
-                         capture_output=True, text=True, timeout=SECONDS, check=True)
-    refused = res.stdout.splitlines()
-    assert len(refused) == len(paths)
-    for path,line in zip(paths, refused):
-        megabytes,_,message = line.partition(' ')
-        assert str(path) in message
-        assert int(megabytes) < 150
+@pytest.mark.parametrize('text', [
+    '[' + '[],'*22_000_000 + '[]]', '{"vocab": [' + '{},'*22_000_000 + '{}]}',
+    '['*60_000_000, '{"vocab": [' + '"a",'*33_000_000 + '"a"]}'],
+    ids='lists objects nested vocab'.split())
+def test_a_header_that_would_fill_the_memory(text, saved):
+    (saved/'stream.json').write_text(text)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match='stream.json is none of ours'):
+            TokenStream.open(saved)
+        assert tracemalloc.get_traced_memory()[1] < 150e6
+    finally: tracemalloc.stop()
 
 def test_a_model_larger_than_its_weights(tmp_path):
     path = RNNLM(5, 4).save_pretrained(tmp_path/'m')
@@ -209,6 +206,9 @@ def test_a_model_larger_than_its_weights(tmp_path):
             with pytest.raises(ValueError, match='config'): load_pretrained(path)
 
 def test_a_file_larger_than_memory(tmp_path):
+    setting = Path('/proc/sys/vm/overcommit_memory')
+    if setting.exists() and setting.read_text().strip() == '1':
+        pytest.skip('this system promises any memory')
     path = RNNLM(5, 4).save_pretrained(tmp_path/'m')
     size = 2**43
     os.truncate(path/'model.safetensors', size)  # a hole, which takes no room on disk
@@ -290,7 +290,8 @@ def test_the_same_header_twice_is_no_proof(saved, monkeypatch):
 
 @pytest.mark.parametrize('harm', [
     lambda file: file.write_bytes(b'{'), lambda file: file.unlink(),
-    lambda file: file.write_bytes(file.read_bytes().replace(b'"version"', b'"vrsion"'))],
+    lambda file: file.write_bytes(
+        file.read_bytes().replace(b'"version"', b'"vrsion"'))],
     ids='cut missing changed'.split())
 def test_what_is_broken_is_written_again(harm, tmp_path):
     stream = small_stream(0)
