@@ -31,8 +31,9 @@ def _another_place():
 def _checked(batches, stream):
     "`batches` whose ids are in the vocab: they come from a file, as they are"
     for batch in batches:
-        targets = batch[-1]
-        for ids in batch[0], targets[targets != -100]:
+        y = batch[-1]
+        last = y[:,-1] if y.ndim > 1 else y  # what is before it, x holds, too
+        for ids in batch[0], last[last != -100]:
             if ids.numel(): stream.check_batch(ids)
         yield batch
 

@@ -1,6 +1,6 @@
 """Damaged folders: each is refused by name, or read right; and what is planted in one
 harms nobody. The long version is in nbs/benchmarks/faults.ipynb."""
-import hashlib, json, os, pickle, resource, signal, subprocess, sys, threading
+import hashlib, json, os, pickle, resource, signal, threading, tracemalloc
 from pathlib import Path
 import numpy as np, pytest, torch
 import rnnlm.store
@@ -15,7 +15,6 @@ from rnnlm.score import score
 from rnnlm.sealed import sealed
 from rnnlm.text import TokenStream
 
-SECONDS = 60  # after which something hangs
 KINDS = ('stream', 'stream, verify', 'with a tokenizer', 'several files',
          'several files, verify', 'model folder', 'checkpoint')
 
@@ -181,27 +180,18 @@ def test_a_planted_pipe_does_not_stop_a_writer(name, saved):
 
 # what would fill the memory
 
-BOMB = '''import resource, sys
-from rnnlm.text import TokenStream
-most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for path in sys.argv[1:]:
-    start = most()
-    try: TokenStream.open(path)
-    except ValueError as e: print((most()-start)//1000, e)'''
-
-def test_headers_that_would_fill_the_memory(tmp_path):
-    bombs = ('[' + '[],'*22_000_000 + '[]]', '{"vocab": [' + '{},'*22_000_000 + '{}]}',
-             '['*60_000_000, '{"vocab": [' + '"a",'*33_000_000 + '"a"]}')
-    paths = [small_stream(0).save(tmp_path/str(i)) for i in range(len(bombs))]
-    for path,text in zip(paths, bombs): (path/'stream.json').write_text(text)
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', BOMB, *paths],
-                         capture_output=True, text=True, timeout=SECONDS, check=True)
-    refused = res.stdout.splitlines()
-    assert len(refused) == len(paths)
-    for path,line in zip(paths, refused):
-        megabytes,_,message = line.partition(' ')
-        assert str(path) in message
-        assert int(megabytes) < 150
+@pytest.mark.parametrize('text', [
+    '[' + '[],'*22_000_000 + '[]]', '{"vocab": [' + '{},'*22_000_000 + '{}]}',
+    '['*60_000_000, '{"vocab": [' + '"a",'*33_000_000 + '"a"]}'],
+    ids='lists objects nested vocab'.split())
+def test_a_header_that_would_fill_the_memory(text, saved):
+    (saved/'stream.json').write_text(text)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match='stream.json is none of ours'):
+            TokenStream.open(saved)
+        assert tracemalloc.get_traced_memory()[1] < 150e6
+    finally: tracemalloc.stop()
 
 def test_a_model_larger_than_its_weights(tmp_path):
     path = RNNLM(5, 4).save_pretrained(tmp_path/'m')
@@ -216,6 +206,9 @@ def test_a_model_larger_than_its_weights(tmp_path):
             with pytest.raises(ValueError, match='config'): load_pretrained(path)
 
 def test_a_file_larger_than_memory(tmp_path):
+    setting = Path('/proc/sys/vm/overcommit_memory')
+    if setting.exists() and setting.read_text().strip() == '1':
+        pytest.skip('this system promises any memory')
     path = RNNLM(5, 4).save_pretrained(tmp_path/'m')
     size = 2**43
     os.truncate(path/'model.safetensors', size)  # a hole, which takes no room on disk
