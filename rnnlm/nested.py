@@ -44,6 +44,8 @@ class OneFit(Learner):
 
     def _do_fit(self):
         self.opt.zero_grad()  # of a fit that was broken off
+        for p in self.model.parameters():  # with gradients of 0 frozen weights decay
+            if not p.requires_grad: p.grad = None
         self.first_epoch = 0
         self('before_epochs')  # no event of fastai: a `Checkpoint` may set another one
         with in_fit(self), ends_on_sigterm(self):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_plain', 'state_of', 'set_state', 'seeds', 'set_seeds', 'named_callbacks', 'of_all', 'regroup', 'of_this',
-           'another', 'gradients', 'set_gradients', 'memory_of', 'snapshot', 'restore']
+           'another', 'restore']
 
 # %% ../nbs/07e_snapshot.ipynb #snp02
 import random
