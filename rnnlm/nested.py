@@ -43,7 +43,7 @@ class OneFit(Learner):
         return super().fit(*args, **kwargs)
 
     def _do_fit(self):
-        self.model.zero_grad()  # of a fit that broke off, of weights that are frozen now
+        self.model.zero_grad()  # of a fit that broke off, of weights now frozen
         self.first_epoch = 0
         self('before_epochs')  # no event of fastai: a `Checkpoint` may set another one
         with in_fit(self), ends_on_sigterm(self):
