@@ -6,10 +6,13 @@ from functools import partial
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
+from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
+from fastai.text.models.core import get_language_model
 from fastai.torch_core import set_seed
 from fastcore.test import test_close as close, test_eq as equal
 from torch import nn
 from torch._dynamo.utils import counters
+from rnnlm.adapters import AWDLM
 from rnnlm.bptt import TBPTT
 from rnnlm.cells import CellLayer, LSTMByGates
 from rnnlm.data import StreamDL, human_numbers_stream
@@ -254,8 +257,8 @@ def test_float16_and_a_scaled_gradient_learn_on_a_cpu(kind):
             opt.zero_grad()
             losses.append(loss.item())
     assert scaler.get_scale() < 2.**40 and losses[-1] < losses[0]-1
-    tensors = weights(model), *state_tensors(model.state)
-    assert all(o.isfinite().all() for o in tensors)
+    numbers = weights(model),*state_tensors(model.state)
+    assert all(o.isfinite().all() for o in numbers)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 @pytest.mark.parametrize('half', ['to_fp16', 'to_bf16'])
@@ -326,6 +329,17 @@ def test_a_second_reading_is_the_first(half):
             lm_loss(out.float(), x).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
     equal(gradient(Recompute), gradient(Once))
+
+def test_what_draws_its_masks_in_forward_is_not_read_in_segments():
+    config = dict(awd_lstm_lm_config, emb_sz=6, n_hid=N, n_layers=2)
+    model = AWDLM(get_language_model(AWD_LSTM, V, config))
+    with pytest.raises(TypeError, match='no forward of its own, got AWDLM'):
+        Recompute(model, 4)
+
+def test_segments_are_compiled_too(fresh):
+    plain = fitted('gru', partial(Recompute, segment=4))
+    def both(model): return torch.compile(Recompute(model, 4), backend='aot_eager')
+    close(fitted('gru', both), plain, eps=1e-5)
 
 def test_segments_read_as_the_model_does():
     model = make('lstm').eval()
