@@ -86,7 +86,7 @@ def export_onnx(
     model:nn.Module, # A model with the state protocol, or one that wraps it
     file=None # Where to write it (default: nowhere)
 ): # PyTorch's `ONNXProgram`
-    """`export_read` in ONNX, from `x`, `state_0`, ... to `out`, `new_state_0`, ...
+    """`export_read` in ONNX: `x`, `state_0`, ... go in; `out`, `new_state_0`, ... out.
 
     Needs the packages onnx and onnxscript, and raises `ImportError` without them."""
     program = export_read(model)
