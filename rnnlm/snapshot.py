@@ -189,7 +189,7 @@ def restore(
     for metric,state in zip(learn.metrics, taken['metrics']): set_state(metric, state)
     learn.dl.load_state_dict(dict(epoch=taken['epoch'], batch=taken['batch'],
                                   made_for=learn.dl.made_for()))
-    mine = of_this(taken['processes'], memory_of(model))
-    set_seeds(mine['seeds'])
     memory = memory_of(model)
+    mine = of_this(taken['processes'], memory)
+    set_seeds(mine['seeds'])
     if memory is not None: memory.state = mine['memory']
