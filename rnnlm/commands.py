@@ -10,7 +10,7 @@ import shutil, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.torch_core import rank_distrib
 from fastcore.script import CliError, is_cli
 from .checkpoints import checkpoint_steps
 from .core import check_int

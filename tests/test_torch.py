@@ -24,6 +24,7 @@ from rnnlm.metrics import lm_loss
 from rnnlm.models import LMModel2, LMModel3, RNNLM
 from rnnlm.recompute import Recompute
 from rnnlm.state import StatefulLM, read_segments, state_tensors
+from test_state import Layers as Pairs
 
 torch.set_num_threads(1)
 V,N = 30,8  # the vocab, and the units of a hidden state
@@ -47,27 +48,6 @@ def quiet(learn, method='fit', *args, **kw):
 def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 def batch(bs=4, sl=6): return StreamDL(stream, bs, sl, verbose=False).one_batch()[0]
-
-class Pairs(StatefulLM):
-    "Two LSTM cells in a loop: the state is a pair for each of them"
-    def __init__(self):
-        super().__init__()
-        self.i_h = nn.Embedding(V, N)
-        self.cells = nn.ModuleList([nn.LSTMCell(N, N), nn.LSTMCell(N, N)])
-        self.h_o = nn.Linear(N, V)
-
-    def steps(self, emb, state):
-        outs,state = [],list(state or [None, None])
-        for e in emb.unbind(1):
-            for i,cell in enumerate(self.cells):
-                state[i] = cell(e, state[i])
-                e = state[i][0]
-            outs.append(e)
-        return torch.stack(outs, 1),tuple(state)
-
-    def read(self, x, state, begins=None):
-        out,state = read_segments(self.steps, self.i_h(x), state, begins)
-        return self.h_o(out),state
 
 # exports
 
